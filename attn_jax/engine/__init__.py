@@ -1,0 +1,1 @@
+"""The two computations of every mechanism: streaming softmax attention and linear recurrence."""

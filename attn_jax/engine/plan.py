@@ -1,0 +1,106 @@
+"""The vocabulary of streaming softmax attention, shared by its implementations."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from attn_jax.types import NEG_INF, Array
+
+Features = tuple[Array, ...]
+
+Score = Callable[[Array, Array, Features, Features], Array]
+"""`score(dot, distance, query_features, key_features) -> logits`, elementwise.
+
+`dot` is a tile of `q . k`, `distance` of `i - j` (float); features broadcast against the tile from either side.
+It must be finite for key features 0, which is what masked keys get, and query features 1, which is what queries of
+padding and those with a NaN get. Pass a module-level function: its identity is part of the compilation key.
+"""
+
+# The running maximum starts above NEG_INF: a masked score is then exp(-9e29) = 0 even before a real one came.
+LOWEST_MAX = -1e29
+
+# Tiles (queries, keys) that ran fastest on CPUs with AVX-512; anything within a factor of two is close.
+FORWARD_TILE = (256, 512)
+BACKWARD_TILE = (256, 256)
+
+
+class Stream(NamedTuple):
+    """Keys that a query may read.
+
+    Attributes:
+      keys: `(B, M, K, E)`, where the `K` key heads divide the query heads and each serves `H / K` of them.
+      values: `(B, M, K, V)`.
+      mask: bool `(B, M)`, True = may be used, or None.
+      features: float arrays `(B, M, H)` for the score.
+      bias: None or float `(B or 1, H or 1, L, M)`, added to the logits.
+    """
+
+    keys: Array
+    values: Array
+    mask: Array | None = None
+    features: Features = ()
+    bias: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static about one attention: the score, the band of admissible distances, the tiles.
+
+    `left` and `right` bound how far a key may lie behind and ahead of the query, None for any distance.
+    Positions `i` of queries and `j` of keys come as broadcastable integer arrays.
+    """
+
+    score: Score | None
+    left: int | None
+    right: int | None
+    forward_tile: tuple[int, int] = FORWARD_TILE
+    backward_tile: tuple[int, int] = BACKWARD_TILE
+
+    @property
+    def banded(self) -> bool:
+        return self.left is not None or self.right is not None
+
+    def logits(self, dot: Array, i: Array, j: Array, query: Features, key: Features) -> Array:
+        return dot if self.score is None else self.score(dot, (i - j).astype(dot.dtype), query, key)
+
+    def mask(self, logits: Array, i: Array, j: Array, valid: Array | None) -> Array:
+        allowed = [] if valid is None else [valid]
+        if self.left is not None:
+            allowed.append(i - j <= self.left)
+        if self.right is not None:
+            allowed.append(j - i <= self.right)
+        return jnp.where(functools.reduce(jnp.logical_and, allowed), logits, NEG_INF) if allowed else logits
+
+    def keys_of(self, first: Array, last: Array, length: int) -> tuple[Array | int, Array | int]:
+        """The range of the `length` keys that queries at positions `first..last` can see."""
+        low = 0 if self.left is None else jnp.clip(first - self.left, 0, length)
+        high = length if self.right is None else jnp.clip(last + self.right + 1, 0, length)
+        return low, high
+
+    def queries_of(self, first: Array, last: Array, length: int) -> tuple[Array | int, Array | int]:
+        """The range of the `length` queries that can see keys at positions `first..last`."""
+        low = 0 if self.right is None else jnp.clip(first - self.right, 0, length)
+        high = length if self.left is None else jnp.clip(last + self.left + 1, 0, length)
+        return low, high
+
+
+def accumulation(dtype: Any) -> Any:
+    """The type of sums, products and exponentials of operands of type `dtype`."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def merge(parts: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, list[Array]]:
+    """Merge disjoint key sets' (maximum, normaliser, accumulator) into out, lse and each set's own lse."""
+    top = functools.reduce(jnp.maximum, [m for m, _, _ in parts])
+    total = functools.reduce(jnp.add, [l * jnp.exp(m - top) for m, l, _ in parts])
+    mixed = functools.reduce(jnp.add, [o * jnp.exp(m - top) for m, _, o in parts])
+    # `!= 0` and not `> 0`: a NaN among the logits must be seen.
+    out = jnp.where(total != 0, mixed / jnp.where(total != 0, total, 1), 0)
+    return out, _logsumexp(top, total), [_logsumexp(m, l) for m, l, _ in parts]
+
+
+def _logsumexp(m: Array, l: Array) -> Array:
+    return jnp.where(l != 0, m + jnp.log(jnp.where(l != 0, l, 1)), NEG_INF)

@@ -1,0 +1,228 @@
+"""Streaming softmax attention: a query reads one or more key streams under one softmax.
+
+For query `i`, stream `s` and key `j`
+
+    z_isj = score(q_i . k_sj, i - j, query features of i, key features of sj) + bias_isj
+    lse_i = log sum_sj exp z_isj            over the admissible keys of all streams
+    o_i   = sum_sj exp(z_isj - lse_i) v_sj
+
+Keys are read in tiles with a running maximum, normaliser and accumulator per stream, which are then merged
+(Milakov & Gimelshein 2018; Rabe & Staats 2021; Dao et al. 2022), so no array of size `L x M` exists. The
+backward pass recomputes the tiles from `lse`: with `g` the cotangent of `o` and `h` that of `lse`
+
+    p_isj  = exp(z_isj - lse_i)
+    dz_isj = p_isj (g_i . v_sj - g_i . o_i + h_i)
+
+and `dz` goes through the derivative of the elementwise score inside the tile. Time `O(L M E)` less the skipped
+tiles, memory `O((L + M) E)`, forward and backward.
+
+A mechanism adds a score, a stream or a feature, and nothing else. Scalars that it learns (masses, decay rates,
+biases) enter as per-query or per-key features broadcast by the caller, so that the chain rule outside of the
+engine gives their gradients.
+"""
+
+import functools
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from attn_jax.engine import dispatch
+from attn_jax.engine.plan import (
+    BACKWARD_TILE,
+    FORWARD_TILE,
+    LOWEST_MAX,
+    Features,
+    Plan,
+    Score,
+    Stream,
+    accumulation,
+    merge,
+)
+from attn_jax.engine.tiled import attend_tiled
+from attn_jax.types import Array, Window, check_mask, check_shape
+
+
+class Attended(NamedTuple):
+    """What the engine returns.
+
+    Attributes:
+      out: `(B, L, H, V)` in the dtype of the queries; exactly 0 where no key is admissible.
+      lse: `(B, L, H)` float32, differentiable; `NEG_INF` where no key is admissible.
+      stream_lse: `(streams, B, L, H)` float32, each stream's own part of `lse`; not differentiable.
+    """
+
+    out: Array
+    lse: Array
+    stream_lse: Array
+
+
+def attend(
+    q: Array,
+    streams: Sequence[Stream],
+    *,
+    query_features: Features = (),
+    score: Score | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    query_offset: Array | int = 0,
+    scale: float | None = None,
+    implementation: str | None = None,
+    operation: str = "attend",
+    forward_tile: tuple[int, int] = FORWARD_TILE,
+    backward_tile: tuple[int, int] = BACKWARD_TILE,
+) -> Attended:
+    """Softmax attention of `q` over all `streams` at once.
+
+    Differentiable once, in reverse mode, in every float array; `implementation="dense"` also forward and twice.
+
+    Args:
+      q: `(B, L, H, E)`.
+      streams: one or more `Stream`s; together they share the softmax.
+      query_features: float arrays `(B, L, H)` for the score.
+      score: elementwise score, None for the plain dot product.
+      causal: key `j` is admissible for query `i` only if `j <= i`, in every stream.
+      window: key `j` is admissible only if `i - left <= j <= i + right`, in every stream.
+      query_offset: position of the first query relative to the first key, an integer, may be traced.
+      scale: multiplies `q` (None: 1).
+      implementation: None, "dense" or "xla".
+      operation: name used in errors and in the log.
+      forward_tile, backward_tile: (queries, keys) per tile of the "xla" path; no effect on the result.
+
+    Raises:
+      ValueError: shapes, masks or windows that do not fit; unknown implementation.
+      NotImplementedError: a fused kernel is asked for.
+    """
+    implementation = dispatch.resolve(operation, implementation)
+    left, right = (None, None) if window is None else check_window(operation, window)
+    if causal:
+        right = 0 if right is None else min(right, 0)
+    plan = Plan(score, left, right, forward_tile, backward_tile)
+    _check(operation, q, streams, query_features)
+    # NumPy's float64 becomes JAX's default here.
+    q, streams, query_features = jax.tree.map(jnp.asarray, (q, list(streams), tuple(query_features)))
+    dtype = jnp.result_type(q, *(s.values for s in streams))
+    operand = jnp.result_type(dtype, *(s.keys for s in streams))
+    # A NaN in one query must stay in its own row, also in the gradients of the keys that the row reads.
+    row_ok = jnp.isfinite(q).all(-1)
+    for feature in query_features:
+        row_ok &= ~jnp.isnan(feature)
+    q = jnp.where(row_ok[..., None], q, 0).astype(operand)
+    query_features = tuple(jnp.where(row_ok, f, 1) for f in query_features)
+    if scale is not None:
+        q = (q * jnp.asarray(scale, accumulation(operand))).astype(operand)
+    heads = q.shape[2]
+    arrays = [_clean(s, heads, operand) for s in streams]
+    compute = functools.partial(_attend_dense if implementation == "dense" else attend_tiled, plan)
+    batch_axes, head_axes = dispatch.mesh_axes("batch", q.shape[0]), dispatch.mesh_axes("heads", heads)
+    if batch_axes or head_axes:
+        token, scalar = P(batch_axes, None, head_axes), P()
+        in_specs: Any = (scalar, token, token, [_specs(s, batch_axes, head_axes) for s in arrays])
+        out_specs = (token, token, P(None, batch_axes, None, head_axes))
+        compute = jax.shard_map(compute, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    offset = jnp.asarray(query_offset, jnp.int32)
+    out, lse, stream_lse = compute(offset, q, query_features, arrays)
+    out = jnp.where(row_ok[..., None], out, jnp.nan).astype(dtype)
+    return Attended(out, jnp.where(row_ok, lse, jnp.nan), lax.stop_gradient(stream_lse))
+
+
+def dense_weights(q: Array, streams: Sequence[Stream], **options: Any) -> Array:
+    """The weights `(B, H, L, M)` that `attend` gives to tokens, summed over streams of equal length `M`.
+
+    The values of the streams are not used; `options` are those of `attend`. Memory `O(L M + M^2)`.
+    """
+
+    def reveal(s: Stream) -> Stream:
+        shape = (*s.keys.shape[:3], s.keys.shape[1])
+        return s._replace(values=jnp.broadcast_to(jnp.eye(shape[1], dtype=q.dtype)[:, None, :], shape))
+
+    out = attend(q, [reveal(s) for s in streams], **options, implementation="dense").out
+    return out.transpose(0, 2, 1, 3)
+
+
+def check_window(where: str, window: Window) -> tuple[int, int]:
+    """The window as a pair `(left, right)`; a `ValueError` unless both are integers >= 0."""
+    pair = window if isinstance(window, Sequence) else (window, window)
+    if len(pair) != 2 or any(not isinstance(w, Integral) or w < 0 for w in pair):
+        raise ValueError(f"{where}: `window` must be an integer >= 0 or a pair of them, got {window!r}")
+    # No sequence is wider than 2^30, and position + window must not overflow int32.
+    return min(int(pair[0]), 2**30), min(int(pair[1]), 2**30)
+
+
+def _check(operation: str, q: Array, streams: Sequence[Stream], query_features: Features) -> None:
+    check_shape(operation, "q", q, "(B, L, H, E)", (None,) * 4)
+    batch, length, heads, width = q.shape
+    for n, s in enumerate(streams):
+        suffix = "" if len(streams) == 1 else str(n + 1)
+        check_shape(operation, f"k{suffix}", s.keys, "(B, M, H, E)", (batch, None, None, width))
+        keys, key_heads = s.keys.shape[1:3]
+        if key_heads == 0 or heads % key_heads:
+            raise ValueError(
+                f"{operation}: `k{suffix}` has {key_heads} heads, which do not divide the {heads} of `q`"
+            )
+        check_shape(operation, f"v{suffix}", s.values, "(B, M, H, V)", (batch, keys, key_heads, None))
+        check_mask(operation, f"mask{suffix}", s.mask, "(B, M)", (batch, keys))
+        for feature in s.features:
+            check_shape(operation, "key feature", feature, "(B, M, H)", (batch, keys, heads))
+    for feature in query_features:
+        check_shape(operation, "query feature", feature, "(B, L, H)", (batch, length, heads))
+    named = [(n, a) for s in streams for n, a in (("k", s.keys), ("v", s.values), ("bias", s.bias))]
+    for name, array in [("q", q), *named]:
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{operation}: `{name}` must be a floating-point array, got dtype {array.dtype}")
+
+
+def _clean(stream: Stream, heads: int, dtype: Any) -> Stream:
+    """Masked keys become zeros, whatever they held, and key heads are repeated for the query heads they serve."""
+    keys, values, mask, features, bias = stream
+    keys, values = keys.astype(dtype), values.astype(dtype)
+    if bias is not None and jnp.result_type(bias, accumulation(dtype)) != accumulation(dtype):
+        bias = bias.astype(accumulation(dtype))  # a float64 bias on float32 operands
+    if mask is not None:
+        keys, values = (jnp.where(mask[:, :, None, None], x, 0) for x in (keys, values))
+        features = tuple(jnp.where(mask[:, :, None], f, 0) for f in features)
+    if keys.shape[2] != heads:
+        keys, values = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (keys, values))
+    return Stream(keys, values, mask, features, bias)
+
+
+def _specs(stream: Stream, batch: Any, heads: Any) -> Any:
+    """How a stream is split over the mesh, as a stream of partition specs."""
+    token, bias = P(batch, None, heads), None
+    if stream.bias is not None:
+        bias = P(*(axes if size > 1 else None for axes, size in zip((batch, heads), stream.bias.shape)))
+    specs: Any = Stream
+    return specs(token, token, None if stream.mask is None else P(batch), (token,) * len(stream.features), bias)
+
+
+# The readable version: all scores at once, differentiated by autodiff.
+
+
+def _attend_dense(plan: Plan, offset: Array, q: Array, query_features: Features, streams: list[Stream]) -> Any:
+    by_head = functools.partial(jnp.transpose, axes=(0, 2, 1))
+    acc = accumulation(q.dtype)
+    i = offset + jnp.arange(q.shape[1])[:, None]
+    parts = []
+    for s in streams:
+        j = jnp.arange(s.keys.shape[1])
+        dot = jnp.einsum("blhe,bmhe->bhlm", q, s.keys, preferred_element_type=acc)
+        z = plan.logits(
+            dot,
+            i,
+            j,
+            tuple(by_head(f)[..., None].astype(acc) for f in query_features),
+            tuple(by_head(f)[:, :, None, :].astype(acc) for f in s.features),
+        )
+        z = z if s.bias is None else z + s.bias
+        z = plan.mask(z, i, j, None if s.mask is None else s.mask[:, None, None, :])
+        m = jnp.maximum(lax.stop_gradient(z.max(-1, keepdims=True, initial=LOWEST_MAX)), LOWEST_MAX)
+        p = jnp.exp(z - m)
+        values = jnp.einsum("bhlm,bmhv->bhlv", p.astype(s.values.dtype), s.values, preferred_element_type=acc)
+        parts.append((m, p.sum(-1, keepdims=True), values))
+    out, lse, each = merge(parts)
+    stream_lse = jnp.stack([by_head(x[..., 0]) for x in each])
+    return out.transpose(0, 2, 1, 3), by_head(lse[..., 0]), stream_lse

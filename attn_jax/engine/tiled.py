@@ -1,0 +1,368 @@
+"""Streaming softmax attention in tiles, portable XLA, with a hand-written backward pass.
+
+Everything below `attend_tiled` works on one *row*, a head of an example: queries `(L, E)`, keys `(M, E)`.
+
+    forward     for each tile of queries            backward    for each tile of keys
+                  for each tile of keys it sees                   for each tile of queries that see it
+                    carry (maximum, normaliser, sum)                carry (dk, dv), add to dq
+
+Skipped tiles cost nothing: the inner loops have bounds, no masks. Where there is a band, inner tiles start
+anywhere (at the edge of the band), so a window needs few of them. Autodiff through the loops would keep every
+tile; the backward pass keeps `(out, lse)` and computes the tiles again.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attn_jax.engine import dispatch
+from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream, accumulation, merge
+from attn_jax.types import NEG_INF, Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend_tiled(plan: Plan, offset: Array, q: Array, query_features: Features, streams: list[Stream]) -> Any:
+    """`(out, lse, stream_lse)` as in `Attended`, for arrays `(B, L, H, ...)` whose masked keys are zero."""
+    return _forward(plan, offset, q, query_features, streams)[0]
+
+
+def _forward(plan: Plan, offset: Array, q: Array, query_features: Features, streams: list[Stream]) -> Any:
+    heads = q.shape[2]
+    row = functools.partial(_forward_row, plan, offset, [s.bias for s in streams])
+    out, lse, stream_lse = dispatch.over_rows(row, *_rows(q, query_features, streams))
+    out, lse = _from_rows(out, heads), _from_rows(lse, heads)
+    stream_lse = jnp.stack([_from_rows(x, heads) for x in stream_lse])
+    return (out, lse, stream_lse), (offset, q, query_features, streams, out, lse)
+
+
+def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
+    offset, q, query_features, streams, out, lse = residuals
+    g, g_lse, _ = cotangents
+    rows = (
+        *_rows(q, query_features, streams),
+        # Where nothing was read, exp(z - lse) must vanish and not be exp(NEG_INF - NEG_INF) = 1.
+        _to_rows(jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)),
+        _to_rows(jnp.sum(g * out, axis=-1) - g_lse),
+        _to_rows(g.astype(q.dtype)),
+    )
+    biases = [s.bias for s in streams]
+    dq, d_query, d_streams = dispatch.over_rows(functools.partial(_backward_row, plan, offset, biases), *rows)
+    d_biases = [
+        None if s.bias is None else _bias_cotangent(plan, offset, n, s.bias, rows) for n, s in enumerate(streams)
+    ]
+
+    def like(row: Array, primal: Array) -> Array:
+        return _from_rows(row, q.shape[2]).astype(primal.dtype)
+
+    d_streams = [
+        Stream(like(d.keys, s.keys), like(d.values, s.values), None, jax.tree.map(like, d.features, s.features), b)
+        for d, s, b in zip(d_streams, streams, d_biases)
+    ]
+    return None, like(dq, q), jax.tree.map(like, d_query, query_features), d_streams
+
+
+attend_tiled.defvjp(_forward, _backward)
+
+
+# Rows.
+
+
+def _to_rows(x: Array) -> Array:
+    """`(B, L, H, ...)` to `(B H, L, ...)`."""
+    x = jnp.moveaxis(x, 2, 1)
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+def _from_rows(x: Array, heads: int) -> Array:
+    """`(B H, L, ...)` to `(B, L, H, ...)`."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // heads, heads, *x.shape[1:]), 1, 2)
+
+
+class _Index(NamedTuple):
+    """Which row this is."""
+
+    batch: Array
+    head: Array
+
+
+def _rows(
+    q: Array, query_features: Features, streams: list[Stream]
+) -> tuple[_Index, Array, Features, list[Stream]]:
+    batch, heads = q.shape[0], q.shape[2]
+    number = jnp.arange(batch * heads)
+    row_streams = [
+        Stream(
+            _to_rows(s.keys),
+            _to_rows(s.values),
+            None if s.mask is None else jnp.repeat(s.mask, heads, axis=0),
+            tuple(map(_to_rows, s.features)),
+        )
+        for s in streams
+    ]
+    return _Index(number // heads, number % heads), _to_rows(q), tuple(map(_to_rows, query_features)), row_streams
+
+
+# Tiles.
+
+
+class _Queries(NamedTuple):
+    """A tile of queries; `position` and features broadcast against a tile of logits."""
+
+    start: Array
+    position: Array
+    q: Array
+    features: Features
+
+
+def _tile_size(size: int, length: int) -> int:
+    """At most `size`, and such that equal tiles cover `length` with little padding."""
+    tiles = max(1, -(-length // size))
+    even = max(1, -(-length // tiles))
+    return even if tiles == 1 else min(size, -(-even // 8) * 8)
+
+
+def _padded(length: int, tile: int, anywhere: bool) -> int:
+    """Length of the padded array: whole tiles, and one more where tiles may start anywhere."""
+    return max(1, -(-length // tile)) * tile + (tile if anywhere else 0)
+
+
+def _tiles(low: Array | int, high: Array | int, size: int) -> Array | int:
+    """How many tiles of `size` cover `low..high`; not positive where it is empty."""
+    return -((low - high) // size)
+
+
+def _pad(x: Array, length: int, value: float = 0) -> Array:
+    return jnp.pad(x, ((0, length - x.shape[0]),) + ((0, 0),) * (x.ndim - 1), constant_values=value)
+
+
+def _pad_keys(s: Stream, length: int) -> Stream:
+    keys = s.keys.shape[0]
+    mask = s.mask
+    if length != keys:
+        mask = _pad(jnp.ones(keys, bool) if mask is None else mask, length)
+    return Stream(_pad(s.keys, length), _pad(s.values, length), mask, tuple(_pad(f, length) for f in s.features))
+
+
+def _pad_bias(bias: Array | None, queries: int, keys: int) -> Array | None:
+    if bias is None:
+        return None
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, queries - bias.shape[2]), (0, keys - bias.shape[3])))
+
+
+def _bias_start(bias: Array, row: _Index, i0: Array | int, j0: Array | int) -> tuple[Any, ...]:
+    return row.batch if bias.shape[0] > 1 else 0, row.head if bias.shape[1] > 1 else 0, i0, j0
+
+
+def _bias_tile(bias: Array, row: _Index, i0: Array | int, j0: Array | int, shape: tuple[int, ...]) -> Array:
+    return lax.dynamic_slice(bias, _bias_start(bias, row, i0, j0), (1, 1, *shape))[0, 0]
+
+
+def _slice(x: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _add(total: Array, tile: Array, start: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(total, _slice(total, start, tile.shape[0]) + tile, start, 0)
+
+
+def _dot(a: Array, b: Array, acc: Any) -> Array:
+    return jnp.dot(a, b, preferred_element_type=acc)
+
+
+def _forward_row(
+    plan: Plan, offset: Array, biases: list, row: _Index, q: Array, query_features: Features, streams: list[Stream]
+) -> tuple[Array, Array, list[Array]]:
+    length = q.shape[0]
+    acc = accumulation(q.dtype)
+    size = _tile_size(plan.forward_tile[0], length)
+    padded = _padded(length, size, False)
+    q = _pad(q, padded)
+    query_features = tuple(_pad(f, padded, 1).astype(acc) for f in query_features)
+
+    inner = [_inner(plan, s, bias, padded) for s, bias in zip(streams, biases)]
+
+    def attend_one(i0: Array) -> tuple[Array, Array, list[Array]]:
+        position = offset + i0 + jnp.arange(size)[:, None]
+        features = tuple(_slice(f, i0, size)[:, None] for f in query_features)
+        queries = _Queries(i0, position, _slice(q, i0, size), features)
+        parts = [_read(plan, row, queries, stream) for stream in inner]
+        out, lse, stream_lse = merge(parts)
+        return out, lse[:, 0], [x[:, 0] for x in stream_lse]
+
+    tiles = lax.map(attend_one, jnp.arange(0, padded, size))
+    return jax.tree.map(lambda x: x.reshape(padded, *x.shape[2:])[:length], tiles)
+
+
+class _Inner(NamedTuple):
+    """A row's padded stream, `length` keys of which are its own, read in tiles of `tile`."""
+
+    length: int
+    tile: int
+    stream: Stream
+    bias: Array | None
+
+
+def _inner(plan: Plan, stream: Stream, bias: Array | None, queries: int) -> _Inner:
+    length = stream.keys.shape[0]
+    tile = _tile_size(plan.forward_tile[1], length)
+    stream = _pad_keys(stream, _padded(length, tile, plan.banded))
+    return _Inner(length, tile, stream, _pad_bias(bias, queries, stream.keys.shape[0]))
+
+
+def _read(plan: Plan, row: _Index, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Array]:
+    """What a tile of queries reads from a stream: (maximum, normaliser, sum), `(tile, 1)` and `(tile, V)`."""
+    acc = accumulation(queries.q.dtype)
+    number, width = queries.q.shape[0], inner.stream.values.shape[1]
+    length, size, stream, bias = inner
+    low, high = plan.keys_of(queries.position[0, 0], queries.position[-1, 0], length)
+
+    def step(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        m, l, o = carry
+        j0 = low + t * size
+        j = j0 + jnp.arange(size)
+        features = tuple(_slice(f, j0, size).astype(acc) for f in stream.features)
+        dot = _dot(queries.q, _slice(stream.keys, j0, size).T, acc)
+        z = plan.logits(dot, queries.position, j, queries.features, features)
+        if bias is not None:
+            z += _bias_tile(bias, row, queries.start, j0, z.shape)
+        z = plan.mask(z, queries.position, j, None if stream.mask is None else _slice(stream.mask, j0, size))
+        top = jnp.maximum(m, z.max(axis=1, keepdims=True))
+        p = jnp.exp(z - top)
+        shrink = jnp.exp(m - top)
+        o = o * shrink + _dot(p.astype(stream.values.dtype), _slice(stream.values, j0, size), acc)
+        return top, l * shrink + p.sum(axis=1, keepdims=True), o
+
+    nothing = jnp.full((number, 1), LOWEST_MAX, acc), jnp.zeros((number, 1), acc), jnp.zeros((number, width), acc)
+    return lax.fori_loop(0, _tiles(low, high, size), step, nothing)
+
+
+class _RowGradients(NamedTuple):
+    """What the backward pass of a row adds to, tile by tile."""
+
+    q: Array
+    features: Features
+
+
+def _backward_row(
+    plan: Plan,
+    offset: Array,
+    biases: list,
+    row: _Index,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
+    lse: Array,
+    delta: Array,
+    g: Array,
+) -> tuple[Array, Features, list[Stream]]:
+    length = q.shape[0]
+    acc = accumulation(q.dtype)
+    size = _tile_size(plan.backward_tile[0], length)
+    padded = _padded(length, size, plan.banded)
+    queries = _Queries(
+        jnp.int32(0),
+        offset + jnp.arange(padded),
+        _pad(q, padded),
+        tuple(_pad(f, padded, 1).astype(acc) for f in query_features),
+    )
+    lse = _pad(lse, padded, -NEG_INF)  # queries of the padding read nothing
+    outer = _Outer(length, size, queries, lse, _pad(delta, padded), _pad(g, padded))
+    d_row = _RowGradients(jnp.zeros(queries.q.shape, acc), tuple(jnp.zeros(padded, acc) for _ in query_features))
+    d_streams = []
+    for stream, bias in zip(streams, biases):
+        d_row, d_stream = _differentiate_stream(plan, offset, row, outer, stream, bias, d_row)
+        d_streams.append(d_stream)
+    return d_row.q[:length], tuple(d[:length] for d in d_row.features), d_streams
+
+
+class _Outer(NamedTuple):
+    """A row's padded queries with what its outputs left behind."""
+
+    length: int
+    tile: int
+    queries: _Queries
+    lse: Array
+    delta: Array
+    g: Array
+
+
+def _differentiate_stream(
+    plan: Plan, offset: Array, row: _Index, outer: _Outer, stream: Stream, bias: Array | None, d_row: _RowGradients
+) -> tuple[_RowGradients, Stream]:
+    """Tiles of logits are (keys, queries) here, which spares the transposed products."""
+    keys = stream.keys.shape[0]
+    acc = accumulation(stream.keys.dtype)
+    size = _tile_size(plan.backward_tile[1], keys)
+    stream = _pad_keys(stream, _padded(keys, size, False))
+    bias = _pad_bias(bias, outer.lse.shape[0], stream.keys.shape[0])
+
+    def key_tile(d_row: _RowGradients, j0: Array) -> tuple[_RowGradients, Stream]:
+        k, v = _slice(stream.keys, j0, size), _slice(stream.values, j0, size)
+        valid = None if stream.mask is None else _slice(stream.mask, j0, size)[:, None]
+        key_features = tuple(_slice(f, j0, size)[:, None].astype(acc) for f in stream.features)
+        j = j0 + jnp.arange(size)[:, None]
+        low, high = plan.queries_of(j0 - offset, j0 + size - 1 - offset, outer.length)
+
+        def query_tile(t: Array, carry: tuple[Stream, _RowGradients]) -> tuple[Stream, _RowGradients]:
+            d_keys, d_row = carry
+            i0 = low + t * outer.tile
+            take = functools.partial(_slice, start=i0, size=outer.tile)
+            i, q, g = take(outer.queries.position), take(outer.queries.q), take(outer.g)
+            query_features = tuple(map(take, outer.queries.features))
+
+            def score(dot: Array, query_features: Features, key_features: Features) -> Array:
+                return plan.logits(dot, i, j, query_features, key_features)
+
+            z, score_vjp = jax.vjp(score, _dot(k, q.T, acc), query_features, key_features)
+            if bias is not None:
+                z += _bias_tile(bias, row, i0, j0, (outer.tile, size)).T
+            p = jnp.exp(plan.mask(z, i, j, valid) - take(outer.lse))
+            d_dot, d_query, d_key = score_vjp(p * (_dot(v, g.T, acc) - take(outer.delta)))
+            d_dot = d_dot.astype(q.dtype)
+            d_keys = Stream(
+                d_keys.keys + _dot(d_dot, q, acc),
+                d_keys.values + _dot(p.astype(g.dtype), g, acc),
+                None,
+                tuple(total + d[:, 0] for total, d in zip(d_keys.features, d_key)),
+            )
+            d_row = _RowGradients(
+                _add(d_row.q, _dot(d_dot.T, k, acc), i0),
+                tuple(_add(total, d, i0) for total, d in zip(d_row.features, d_query)),
+            )
+            return d_keys, d_row
+
+        zeros = Stream(
+            jnp.zeros(k.shape, acc),
+            jnp.zeros(v.shape, acc),
+            None,
+            tuple(jnp.zeros(size, acc) for _ in key_features),
+        )
+        d_keys, d_row = lax.fori_loop(0, _tiles(low, high, outer.tile), query_tile, (zeros, d_row))
+        return d_row, d_keys
+
+    d_row, d_stream = lax.scan(key_tile, d_row, jnp.arange(0, stream.keys.shape[0], size))
+    return d_row, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:keys], d_stream)
+
+
+def _bias_cotangent(plan: Plan, offset: Array, n: int, bias: Array, rows: Any) -> Array:
+    """The gradient of stream `n`'s bias: as large as the bias, summed over examples and heads that share it."""
+    number = rows[0].batch.shape[0]
+    row_length, keys = rows[1].shape[1], rows[3][n].keys.shape[1]
+
+    def one_row(total: Array, row: Any) -> tuple[Array, None]:
+        index, q, query_features, streams, lse, delta, g = row
+        s = streams[n]
+        acc = accumulation(q.dtype)
+        i, j = offset + jnp.arange(row_length)[:, None], jnp.arange(keys)
+        start, shape = _bias_start(bias, index, 0, 0), (row_length, keys)
+        z = plan.logits(_dot(q, s.keys.T, acc), i, j, tuple(f[:, None] for f in query_features), s.features)
+        p = jnp.exp(plan.mask(z + _bias_tile(bias, index, 0, 0, shape), i, j, s.mask) - lse[:, None])
+        dz = p * (_dot(g, s.values.T, acc) - delta[:, None])
+        dz += _bias_tile(total, index, 0, 0, shape)
+        return lax.dynamic_update_slice(total, dz[None, None], start), None
+
+    zeros = jnp.zeros(bias.shape, accumulation(bias.dtype))
+    return (lax.scan(one_row, zeros, rows)[0] if number else zeros).astype(bias.dtype)

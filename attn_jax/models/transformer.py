@@ -1,0 +1,212 @@
+"""The transformer that every mechanism is compared in: block, stack and sequence classifier."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from attn_jax.mechanisms.base import check_tokens, logical_axes, zero_masked
+from attn_jax.registry import build
+from attn_jax.types import Array, Dtype, check_mask
+
+
+def sinusoidal_positions(length: int, dim: int, dtype: Dtype = jnp.float32) -> Array:
+    """Sinusoidal position embeddings `(L, D)` (Vaswani et al. 2017, section 3.5): sines first, then cosines."""
+    half = (dim + 1) // 2
+    rate = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / max(half - 1, 1))
+    angle = jnp.arange(length)[:, None] * rate
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[:, :dim].astype(dtype)
+
+
+class TransformerBlock(nnx.Module):
+    """A mechanism and a GELU MLP, each with one residual connection.
+
+    Args:
+      dim: model width `D`.
+      num_heads: heads `H` of the mechanism.
+      mechanism: its name in `attn_jax.MECHANISMS`.
+      options: its options.
+      mlp_dim: hidden width of the MLP, None for `4 D`.
+      norm: "pre" normalises the input of each part, "post" the sum of input and output.
+      dropout: rate on the output of each part and on the MLP's hidden layer, in training mode.
+      causal, dtype, param_dtype, rngs: as in `attn_jax.build`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mechanism: str = "standard",
+        options: Mapping[str, Any] | None = None,
+        mlp_dim: int | None = None,
+        norm: Literal["pre", "post"] = "pre",
+        dropout: float = 0.0,
+        causal: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if norm not in ("pre", "post"):
+            raise ValueError(f"TransformerBlock: `norm` must be 'pre' or 'post', got {norm!r}")
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        hidden = 4 * dim if mlp_dim is None else mlp_dim
+        self.norm = norm
+        self.attention = build(
+            mechanism, dim=dim, num_heads=num_heads, causal=causal, rngs=rngs, **types, **(options or {})
+        )
+        self.attention_norm = nnx.LayerNorm(dim, **types, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(dim, **types, rngs=rngs)
+        xavier = nnx.initializers.xavier_uniform()
+        into, outof = logical_axes("embed", "mlp"), logical_axes("mlp", "embed")
+        self.mlp_in = nnx.Linear(dim, hidden, kernel_init=xavier, kernel_metadata=into, **types, rngs=rngs)
+        self.mlp_out = nnx.Linear(hidden, dim, kernel_init=xavier, kernel_metadata=outof, **types, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        mask: Array | None = None,
+        context: Array | None = None,
+        context_mask: Array | None = None,
+    ) -> Array:
+        """Map `x` `(B, L, D)` to `(B, L, D)`; the arguments are those of the mechanism."""
+        cross = {"context": context, "context_mask": context_mask}
+        cross = {name: array for name, array in cross.items() if array is not None}
+
+        def attend(x: Array) -> Array:
+            return self.attention(x, mask=mask, **cross)
+
+        def mlp(x: Array) -> Array:
+            return self.mlp_out(self.dropout(nnx.gelu(self.mlp_in(x))))
+
+        for part, norm in ((attend, self.attention_norm), (mlp, self.mlp_norm)):
+            if self.norm == "pre":
+                x = x + self.dropout(part(norm(x)))
+            else:
+                x = norm(x + self.dropout(part(x)))
+        return x
+
+
+class Transformer(nnx.Module):
+    """A stack of blocks; with `norm="pre"` the output is normalised once more.
+
+    Args:
+      num_layers: how many blocks.
+      remat: recompute each block in the backward pass, so that only its input is kept.
+      **block: the arguments of `TransformerBlock`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, *, num_layers: int, remat: bool = False, rngs: nnx.Rngs, **block: Any
+    ):
+        self.blocks = nnx.List(TransformerBlock(dim, num_heads, rngs=rngs, **block) for _ in range(num_layers))
+        self.remat = remat
+        types = {name: block[name] for name in ("dtype", "param_dtype") if name in block}
+        self.norm = nnx.LayerNorm(dim, **types, rngs=rngs) if block.get("norm", "pre") == "pre" else None
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        """Map `x` `(B, L, D)` with mask `(B, L)` to `(B, L, D)`; masked tokens come out as 0."""
+        check_mask("Transformer", "mask", mask, "(B, L)", x.shape[:2])
+        # What a masked token holds must not reach the norms' gradients either.
+        x = zero_masked(x, mask)
+        call = nnx.remat(_call_block) if self.remat else _call_block
+        for block in self.blocks:
+            x = call(block, x, mask)
+        return zero_masked(x if self.norm is None else self.norm(x), mask)
+
+
+def _call_block(block: TransformerBlock, x: Array, mask: Array | None) -> Array:
+    return block(x, mask=mask)
+
+
+class TransformerClassifier(nnx.Module):
+    """Token ids to class logits: embedding, sinusoidal positions, `Transformer`, pooling, two-layer head.
+
+    The layout of Long Range Arena's classifiers (Tay et al. 2021): embeddings from N(0, 1), a learned `CLS` token
+    starting at 0, head Linear-ReLU-Linear; here masks reach every layer and the pooling.
+
+    Args:
+      vocab_size: ids are `0..vocab_size - 1`.
+      num_classes: width of the output.
+      dim, num_heads, num_layers: of the `Transformer`.
+      pool: "cls" (the output of a token put in front) or "mean" (over real tokens).
+      head_dim: hidden width of the head, None for the MLP's.
+      dropout: also on the embeddings.
+      **transformer: further arguments of `Transformer` and `TransformerBlock`.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        num_classes: int,
+        dim: int,
+        num_heads: int,
+        num_layers: int,
+        pool: Literal["cls", "mean"] = "cls",
+        head_dim: int | None = None,
+        mlp_dim: int | None = None,
+        dropout: float = 0.0,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+        **transformer: Any,
+    ):
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"TransformerClassifier: `pool` must be 'cls' or 'mean', got {pool!r}")
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
+        self.pool = pool
+        self.embed = nnx.Embed(
+            vocab_size,
+            dim,
+            embedding_init=nnx.initializers.normal(1.0),
+            embedding_metadata=logical_axes("vocab", "embed"),
+            **types,
+            rngs=rngs,
+        )
+        self.cls = nnx.Param(jnp.zeros(dim, param_dtype)) if pool == "cls" else None
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.transformer = Transformer(
+            dim,
+            num_heads,
+            num_layers=num_layers,
+            mlp_dim=mlp_dim,
+            dropout=dropout,
+            **types,
+            rngs=rngs,
+            **transformer,
+        )
+        width = mlp_dim if head_dim is None else head_dim
+        self.head_in = nnx.Linear(dim, width, kernel_metadata=logical_axes("embed", "mlp"), **types, rngs=rngs)
+        self.head_out = nnx.Linear(
+            width, num_classes, kernel_metadata=logical_axes("mlp", None), **types, rngs=rngs
+        )
+
+    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
+        """Logits `(B, num_classes)`, float32, of `tokens` int `(B, L)` with mask bool `(B, L)`."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"TransformerClassifier: `tokens` must be integers (B, L), got {tokens.dtype} {tokens.shape}"
+            )
+        check_mask("TransformerClassifier", "mask", mask, "(B, L)", tokens.shape)
+        x = self.embed(tokens)
+        if self.cls is not None:
+            front = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
+            x = jnp.concatenate([front, x], axis=1)
+            mask = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
+        x = self.dropout(x + sinusoidal_positions(x.shape[1], x.shape[2], x.dtype))
+        x = self.transformer(x, mask=mask)
+        pooled = x[:, 0] if self.cls is not None else masked_mean(x, mask)
+        return self.head_out(nnx.relu(self.head_in(pooled))).astype(jnp.float32)
+
+
+def masked_mean(x: Array, mask: Array | None) -> Array:
+    """Mean of `x` `(B, L, D)` over real tokens, in float32; 0 where there is none."""
+    check_tokens("masked_mean", "x", x, "(B, L, D)", (None, None, None))
+    real = jnp.ones(x.shape[:2], bool) if mask is None else mask
+    total = jnp.sum(jnp.where(real[:, :, None], x, 0), axis=1, dtype=jnp.float32)
+    return (total / jnp.maximum(real.sum(1), 1)[:, None]).astype(x.dtype)

@@ -1,0 +1,45 @@
+"""Measure the best model of a run on a split: `python -m eval --workdir runs/lra_listops-standard-default-s0`.
+
+Prints the metrics beside the baselines, and writes them to `eval_<split>.json` in the work directory.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from train import cli
+from train.config import run_file
+from train.reporting import table
+from train.workdir import read_config, write_json
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates as the command line `argv` (without the program) says."""
+    parser = cli.Parser(prog="python -m eval", description=__doc__)
+    parser.add_argument("--workdir", type=Path, metavar="DIR", required=True, help="of a run of python -m train")
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="default: test")
+    arguments = parser.parse_args(argv)
+    config = read_config(arguments.workdir)
+    if Path(config.file).is_file():
+        run_file(config.file)  # it may register a task or a mechanism of its own
+
+    from train import evaluation, sharding  # not before there is something to evaluate: they take seconds
+
+    sharding.use_cpu_devices(config)
+    result = evaluation.evaluate_best(config, arguments.workdir, arguments.split)
+    path = arguments.workdir / f"eval_{arguments.split}.json"
+    with cli.user_errors(OSError):
+        write_json(path, result)
+    print(report(result), f"written to {path}", sep="\n")
+
+
+def report(result: dict[str, Any]) -> str:
+    """The metrics of `evaluation.evaluate_best` and the baselines as a table."""
+    rows = {result["mechanism"]: result["metrics"]}
+    rows |= {name: {result["primary"]: value} for name, value in result["baselines"].items()}
+    run = f"{result['name']}, preset {result['preset']}, seed {result['seed']}"
+    return f"{run}, step {result['step']}, {result['parameters']:,} parameters\n{table(rows)}"
+
+
+if __name__ == "__main__":
+    cli.run(main, sys.argv[1:])

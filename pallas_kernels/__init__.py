@@ -1,0 +1,1 @@
+"""Fused GPU kernels in Pallas; none yet: `attn_jax` runs its tiled XLA path everywhere."""

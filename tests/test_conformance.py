@@ -1,0 +1,369 @@
+"""The laws that every registered mechanism keeps; a new one joins by registering.
+
+Modules are small, `SMALL` makes windows, chunks and blocks smaller than the sequences. Every law runs causal and
+bidirectional where the registry says that the mechanism can do both.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import attn_jax
+
+DIM, HEADS, LENGTH = 16, 2, 13
+
+# float32 sums of some dozen terms, in another order: a few units in the last place of values around 1.
+ROUNDING = 2e-5
+# bfloat16 has 8 bits; projections, mixture and output each round, and errors add up over widths of 16.
+BFLOAT16 = 0.06
+
+# Options that make a mechanism's blocks shorter than the test sequences.
+SMALL: dict[str, dict[str, Any]] = {"local": {"window": 3}, "performer": {"num_features": 24, "chunk": 4}}
+
+# Options that cut the computation and must not change the result, with odd values for them.
+COMPUTATIONAL = {"chunk": (1, 3, 5, 64), "block_length": (1, 3, 5, 64)}
+
+CASES = [
+    (name, causal)
+    for name, mechanism in attn_jax.MECHANISMS.items()
+    for causal in (False, True)
+    if (mechanism.causal if causal else mechanism.bidirectional)
+]
+every_case = pytest.mark.parametrize(
+    "name,causal", CASES, ids=[f"{n}-{'causal' if c else 'full'}" for n, c in CASES]
+)
+every_mechanism = pytest.mark.parametrize("name", list(attn_jax.MECHANISMS))
+
+
+def build(name: str, causal: bool, **options: Any) -> Any:
+    known = attn_jax.MECHANISMS[name].options()
+    options = {k: v for k, v in SMALL.get(name, {}).items() if k in known} | options
+    module = attn_jax.build(name, dim=DIM, num_heads=HEADS, causal=causal, rngs=nnx.Rngs(0), **options)
+    module.eval()
+    return module
+
+
+@functools.cache
+def shared(name: str, causal: bool) -> Any:
+    """A module and its compiled call, gradient and so on, compiled once per shape for the whole file."""
+    return Compiled(build(name, causal))
+
+
+class Compiled:
+    def __init__(self, module: Any):
+        self.module = module
+        self.graph, self.params, self.rest = nnx.split(module, nnx.Param, ...)
+        self.call = jax.jit(lambda x, mask=None: self.apply(self.params, x, mask))
+        self.gradients = jax.jit(jax.grad(self.weighted, argnums=(0, 1)))
+
+    def apply(self, params: Any, x: Any, mask: Any = None) -> Any:
+        return nnx.merge(self.graph, params, self.rest)(x, mask=mask)
+
+    def weighted(self, params: Any, x: Any, mask: Any, weights: Any) -> Any:
+        """A generic loss on real tokens. (Not a product: 0 x NaN is NaN.)"""
+        y = self.apply(params, x, mask)
+        return jnp.sum(jnp.where(mask[:, :, None], y * weights, 0))
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def prefix_mask(*lengths: int, length: int = LENGTH) -> np.ndarray:
+    return np.arange(length) < np.array(lengths)[:, None]
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = ROUNDING) -> None:
+    chex.assert_trees_all_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+@every_case
+def test_shape_and_dtype(name, causal):
+    y = shared(name, causal).call(normal(0, 2, LENGTH, DIM))
+    chex.assert_shape(y, (2, LENGTH, DIM))
+    chex.assert_type(y, jnp.float32)
+    chex.assert_tree_all_finite(y)
+
+
+@every_case
+def test_padding_a_batch_changes_nothing(name, causal):
+    """Values and gradients of a padded, masked batch are those of its sequences one by one (semantics 1 and 4)."""
+    compiled = shared(name, causal)
+    lengths = (LENGTH, 7, 1)
+    x, weights, mask = normal(1, 3, LENGTH, DIM), normal(2, 3, LENGTH, DIM), prefix_mask(*lengths)
+    x[~mask] = np.nan
+    y = compiled.call(x, mask)
+    d_params, dx = compiled.gradients(compiled.params, x, mask, weights)
+    total = jax.tree.map(jnp.zeros_like, d_params)
+    for b, n in enumerate(lengths):
+        alone = slice(b, b + 1), slice(0, n)
+        assert_close(y[alone], compiled.call(x[alone]))
+        one = compiled.gradients(compiled.params, x[alone], np.ones((1, n), bool), weights[alone])
+        assert_close(dx[alone], one[1])
+        total = jax.tree.map(jnp.add, total, one[0])
+    assert_close(d_params, total, 5 * ROUNDING)  # sums over three sequences
+    assert not np.asarray(dx)[~mask].any()
+
+
+@every_case
+@settings(max_examples=10)
+@given(seed=st.integers(0, 2**16), bad=st.sampled_from([np.nan, np.inf, -np.inf, 1e30]))
+def test_masked_tokens_do_not_exist(name, causal, seed, bad):
+    """Whatever masked tokens hold, anywhere in the sequence, nothing else changes, to the bit (semantics 1)."""
+    compiled = shared(name, causal)
+    mask = np.random.default_rng(seed).random((3, LENGTH)) < 0.6
+    weights = normal(seed, 3, LENGTH, DIM)
+    clean, dirty = normal(seed + 1, 3, LENGTH, DIM), normal(seed + 1, 3, LENGTH, DIM)
+    clean[~mask], dirty[~mask] = 0, bad
+    chex.assert_trees_all_equal(
+        np.asarray(compiled.call(clean, mask))[mask], np.asarray(compiled.call(dirty, mask))[mask]
+    )
+    d_clean = compiled.gradients(compiled.params, clean, mask, weights)
+    d_dirty = compiled.gradients(compiled.params, dirty, mask, weights)
+    chex.assert_trees_all_equal(d_clean, d_dirty)
+    chex.assert_tree_all_finite(d_dirty)
+    assert not np.asarray(d_dirty[1])[~mask].any()
+
+
+@every_case
+def test_a_real_token_matters(name, causal):
+    """The counterpart: what is not masked does have influence on others, so that the laws above say something."""
+    compiled = shared(name, causal)
+    x, mask = normal(3, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 5)
+    changed = x.copy()
+    changed[:, 2] += 1
+    difference = np.abs(compiled.call(changed, mask) - compiled.call(x, mask)).max(-1)
+    assert (difference[:, 3:5] > 1e-4).all()
+
+
+@every_case
+def test_a_sequence_without_real_tokens_gives_zero(name, causal):
+    """Exactly 0 with finite gradients (semantics 2)."""
+    compiled = shared(name, causal)
+    x, mask, weights = normal(4, 3, LENGTH, DIM), prefix_mask(LENGTH, 0, 5), normal(5, 3, LENGTH, DIM)
+    y = np.asarray(compiled.call(x, mask))
+    assert not y[1].any()
+    chex.assert_tree_all_finite((y, compiled.gradients(compiled.params, x, mask, weights)))
+
+
+@pytest.mark.parametrize("name", [n for n, m in attn_jax.MECHANISMS.items() if m.causal])
+@pytest.mark.parametrize("masked", [False, True])
+def test_causality_by_jacobian(name, masked):
+    """dy_i / dx_j is exactly 0 for j > i, and is not for j <= i (semantics 3)."""
+    compiled = shared(name, True)
+    x = normal(6, 1, LENGTH, DIM)
+    mask = np.ones((1, LENGTH), bool)
+    if masked:
+        mask[0, [0, 4, 5]] = False
+    w = normal(7, DIM)
+
+    @jax.jit
+    def jacobian(x: Any) -> Any:
+        return jax.jacrev(lambda x: compiled.apply(compiled.params, x, mask)[0] @ w)(x)
+
+    dy_dx = np.abs(np.asarray(jacobian(x))[:, 0]).max(-1)
+    assert not np.triu(dy_dx, 1).any()
+    real = mask[0]
+    neighbours = real & np.roll(real, 1)
+    neighbours[0] = False
+    index = np.flatnonzero(neighbours)
+    assert (np.diag(dy_dx)[real] > 0).all() and (dy_dx[index, index - 1] > 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n, m in attn_jax.MECHANISMS.items() if m.causal])
+def test_the_future_cannot_be_seen_at_any_size(name):
+    """Stabilisers and normalisers see the future through huge values first: those must change nothing earlier."""
+    compiled = shared(name, True)
+    x = normal(8, 1, LENGTH, DIM)
+    future = x.copy()
+    future[:, 8:] *= 50
+    assert_close(compiled.call(future)[:, :8], compiled.call(x)[:, :8], 1e-6)
+
+
+@every_case
+def test_rows_of_a_batch_are_independent(name, causal):
+    """Row b is the same whatever the other rows hold (semantics 5)."""
+    compiled = shared(name, causal)
+    x, mask = normal(9, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 5)
+    other, other_mask = normal(10, 3, LENGTH, DIM) * 9, prefix_mask(3, 7, 1)
+    other[1] = x[1]
+    assert_close(compiled.call(other, other_mask)[1], compiled.call(x, mask)[1], 1e-6)
+
+
+@every_case
+def test_chunks_change_nothing(name, causal):
+    """Options that only cut the computation do not change the result (semantics 5)."""
+    known = attn_jax.MECHANISMS[name].options()
+    x, mask = normal(11, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 1)
+    expected = shared(name, causal).call(x, mask)
+    for option, values in COMPUTATIONAL.items():
+        for value in values if option in known else ():
+            assert_close(Compiled(build(name, causal, **{option: value})).call(x, mask), expected)
+
+
+@every_case
+def test_implementations_agree(name, causal):
+    """Every implementation gives the values and gradients of every other."""
+    implementations = attn_jax.MECHANISMS[name].implementations
+    x, mask, weights = normal(12, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 1), normal(13, 3, LENGTH, DIM)
+    first = shared(name, causal)
+    expected = first.call(x, mask), first.gradients(first.params, x, mask, weights)
+    for implementation in implementations:
+        other = Compiled(build(name, causal, implementation=implementation))
+        assert_close((other.call(x, mask), other.gradients(other.params, x, mask, weights)), expected, 1e-4)
+
+
+@every_case
+@pytest.mark.parametrize("length", [1, 2, 3, 31])
+def test_awkward_lengths(name, causal, length):
+    """Length 1, primes, shorter and longer than any block: finite, and a prefix of padded ones (semantics 7)."""
+    compiled = shared(name, causal)
+    x = normal(14, 2, length, DIM)
+    padded = np.concatenate([x, normal(15, 2, 33 - length, DIM)], axis=1)
+    mask = prefix_mask(length, length, length=33)
+    assert_close(compiled.call(x), compiled.call(padded, mask)[:, :length])
+
+
+@every_case
+def test_every_parameter_is_alive(name, causal):
+    """No parameter is without influence on the output."""
+    compiled = shared(name, causal)
+    x, mask, weights = normal(16, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 9), normal(17, 3, LENGTH, DIM)
+    d_params, _ = compiled.gradients(compiled.params, x, mask, weights)
+    for path, gradient in nnx.to_flat_state(d_params):
+        assert np.abs(gradient[...]).max() > 1e-6, f"{name}: parameter {path} has no influence"
+
+
+@every_case
+def test_half_precision(name, causal):
+    """bfloat16 computation stays near float32, with the same parameters."""
+    module = build(name, causal)
+    half = attn_jax.build(
+        name, dim=DIM, num_heads=HEADS, causal=causal, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **SMALL.get(name, {})
+    )
+    half.eval()
+    x, mask = normal(18, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 1)
+    y = jax.jit(lambda x: half(x, mask=mask))(x)
+    chex.assert_type(y, jnp.bfloat16)
+    reference = np.asarray(jax.jit(lambda x: module(x, mask=mask))(x))
+    assert np.abs(np.asarray(y, np.float32) - reference).max() < BFLOAT16 * max(1, np.abs(reference).max())
+
+
+@every_case
+def test_transformations(name, causal):
+    """jit, vmap, checkpoint, grad over the module itself, eval_shape and split/merge leave the result alone."""
+    compiled = shared(name, causal)
+    module, x = compiled.module, normal(19, 2, LENGTH, DIM)
+    y = compiled.call(x)
+    assert_close(jax.jit(lambda module, x: module(x))(module, x), y)
+    assert_close(jax.jit(jax.vmap(lambda row: module(row[None])[0]))(x), y)
+    assert jax.eval_shape(module, x) == jax.ShapeDtypeStruct(y.shape, y.dtype)
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.sum(jnp.square(compiled.apply(params, x)))
+
+    plain = jax.jit(jax.grad(loss))(compiled.params, x)
+    assert_close(jax.jit(jax.grad(jax.checkpoint(loss)))(compiled.params, x), plain)
+    abstract = nnx.eval_shape(lambda: build(name, causal))
+    chex.assert_trees_all_equal_shapes_and_dtypes(nnx.state(abstract, nnx.Param), nnx.state(module, nnx.Param))
+
+
+@pytest.mark.parametrize("name", [n for n, m in attn_jax.MECHANISMS.items() if m.decode and m.causal])
+def test_decoding_equals_the_parallel_form(name):
+    """Token by token from an empty cache gives the causal output."""
+    compiled = shared(name, True)
+    x = normal(20, 2, LENGTH, DIM)
+    cache = compiled.module.init_cache(2, LENGTH, jnp.float32)
+    step = jax.jit(compiled.module.step)
+    outputs = []
+    for t in range(LENGTH):
+        y, cache = step(x[:, t : t + 1], cache)
+        chex.assert_shape(y, (2, 1, DIM))
+        outputs.append(y)
+    assert_close(jnp.concatenate(outputs, axis=1), compiled.call(x))
+
+
+@every_case
+def test_attention_weights(name, causal):
+    """`(B, H, L, M)`, non-negative, rows of sum 1 over real keys (0 for masked queries), causal where asked."""
+    mechanism = attn_jax.MECHANISMS[name]
+    compiled = shared(name, causal)
+    x, mask = normal(21, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 0)
+    weights = jax.jit(lambda x: compiled.module.attention_weights(x, mask=mask))(x)
+    if not mechanism.weights:
+        assert weights is None
+        return
+    chex.assert_shape(weights, (3, HEADS, LENGTH, LENGTH))
+    weights = np.asarray(weights)
+    assert (weights >= 0).all() and not weights[~np.broadcast_to(mask[:, None, None], weights.shape)].any()
+    rows = np.broadcast_to(mask[:, None], (3, HEADS, LENGTH))
+    assert_close(weights.sum(-1), rows.astype(np.float32))
+    assert not causal or not np.triu(weights, 1).any()
+
+
+@pytest.mark.parametrize("name", [n for n, m in attn_jax.MECHANISMS.items() if m.cross and m.bidirectional])
+def test_cross_attention(name):
+    """`context` of another length is read under its own mask, and only it."""
+    compiled = shared(name, False)
+    x, context, mask = normal(22, 2, 5, DIM), normal(23, 2, LENGTH, DIM), prefix_mask(LENGTH, 7)
+    call = jax.jit(lambda context, mask: compiled.module(x, context=context, context_mask=mask))
+    dirty = np.where(mask[:, :, None], context, np.nan).astype(np.float32)
+    y = call(dirty, mask)
+    assert_close(y[0], call(context, np.ones_like(mask))[0])
+    assert_close(y[1:], compiled.module(x[1:], context=context[1:, :7]))
+    assert not np.asarray(call(context, np.zeros_like(mask))).any()
+    assert np.abs(call(context + 1, mask) - y).max() > 1e-4
+
+
+@every_case
+def test_unsupported_arguments_raise(name, causal):
+    """One clear error that names the mechanism and the argument (semantics 6)."""
+    mechanism, module = attn_jax.MECHANISMS[name], shared(name, causal).module
+    x = normal(24, 2, LENGTH, DIM)
+    wrong = [
+        ("`mask`", lambda: module(x, mask=np.ones((2, LENGTH), np.float32))),
+        ("`mask`", lambda: module(x, mask=np.ones((2, LENGTH + 1), bool))),
+        ("`x`", lambda: module(x[..., :-1])),
+        ("`x`", lambda: module(x[0])),
+        ("`x`", lambda: module(x.astype(np.int32))),
+        ("`context_mask`", lambda: module(x, context_mask=np.ones((2, LENGTH), bool))),
+        ("nonsense", lambda: build(name, causal, nonsense=1)),
+        ("`num_heads`", lambda: attn_jax.build(name, dim=DIM, num_heads=3, causal=causal, rngs=nnx.Rngs(0))),
+    ]
+    if not mechanism.cross:
+        wrong.append(("`context`", lambda: module(x, context=x)))
+    if mechanism.implementations:
+        wrong.append(("implementation", lambda: build(name, causal, implementation="nonsense")(x)))
+    for words, call in wrong:
+        with pytest.raises(ValueError, match=words) as error:
+            call()
+        assert name in str(error.value)
+
+
+@every_mechanism
+def test_the_registry_tells_the_truth(name):
+    """Declared capabilities are those that the class has."""
+    mechanism = attn_jax.MECHANISMS[name]
+    assert mechanism.name == name and mechanism.time and mechanism.memory
+    assert mechanism.causal or mechanism.bidirectional
+    assert mechanism.decode == all(hasattr(mechanism.module, method) for method in ("init_cache", "step"))
+    for causal, supported in ((False, mechanism.bidirectional), (True, mechanism.causal)):
+        if not supported:
+            with pytest.raises(ValueError, match=name):
+                build(name, causal)
+    if mechanism.implementations:
+        with pytest.raises(NotImplementedError, match="mosaic"):
+            build(name, mechanism.causal, implementation="mosaic")(normal(0, 1, 3, DIM))
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"dual_kv.*standard"):
+        attn_jax.build("nope", dim=DIM, num_heads=HEADS, rngs=nnx.Rngs(0))

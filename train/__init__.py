@@ -1,0 +1,1 @@
+"""Training: tasks, data, the loop and its checkpoints (`python -m train`)."""

@@ -1,0 +1,54 @@
+"""Data sets as NumPy arrays, and the batches that feed them to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """Data that is missing or malformed; the message says in one line what and where."""
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceDataset:
+    """Labelled token sequences of varying length, packed end to end.
+
+    Attributes:
+      tokens: `(total,)` unsigned token ids of all `N` sequences.
+      offsets: `(N + 1,)` int64; sequence `i` is `tokens[offsets[i]:offsets[i + 1]]`.
+      labels: `(N,)` int32 classes.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def from_bytes(cls, sequences: Iterable[bytes], labels: Sequence[int]) -> SequenceDataset:
+        """Packs sequences of one-byte token ids."""
+        sequences = list(sequences)
+        if len(sequences) != len(labels):
+            raise ValueError(f"got {len(sequences)} sequences but {len(labels)} labels")
+        offsets = np.zeros(len(sequences) + 1, np.int64)
+        np.cumsum([len(s) for s in sequences], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(sequences), np.uint8), offsets, np.asarray(labels, np.int32))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The record `{"tokens": (length,), "label": ()}`."""
+        start, stop = self.offsets[index], self.offsets[index + 1]
+        return {"tokens": self.tokens[start:stop], "label": self.labels[index]}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(N,)` number of tokens of each sequence."""
+        return np.diff(self.offsets)
+
+    def slice(self, start: int, stop: int) -> SequenceDataset:
+        """Examples `start` up to, not including, `stop`, without copying tokens."""
+        return SequenceDataset(self.tokens, self.offsets[start : stop + 1], self.labels[start:stop])

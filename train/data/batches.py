@@ -1,0 +1,172 @@
+"""Batches of token sequences: shuffled by seed and epoch, grouped by length, padded to a few fixed lengths.
+
+Training and evaluation get batches of one form, so that one compiled function serves all batches of a length:
+
+    tokens        (B, L) int32   0 where padded
+    mask          (B, L) bool    True = a real token (never derived from the token ids)
+    label         (B,)   int32
+    example_mask  (B,)   bool    True = a real example; a dummy has no real token and label 0
+
+Which examples make up a batch is a function of `(seed, step)` alone. The state of an iterator is therefore
+one number, and a resumed run sees exactly the batches that the interrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypedDict
+
+import grain
+import numpy as np
+
+
+class Sequences(Protocol):
+    """A data set of token sequences, such as `train.data.SequenceDataset`."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(N,)` tokens of each sequence."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        """`{"tokens": (length,), "label": ()}`, both of integers."""
+        ...
+
+
+class Batch(TypedDict):
+    """`B` examples padded to `L` tokens; see the module's docstring."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    label: np.ndarray
+    example_mask: np.ndarray
+
+
+def num_batches(num_examples: int, batch_size: int) -> int:
+    """Batches that hold `num_examples` once: the steps of an epoch."""
+    return -(-num_examples // batch_size)
+
+
+def train_iterator(
+    dataset: Sequences,
+    *,
+    batch_size: int,
+    buckets: Sequence[int],
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Endless batches; every `num_batches(len(dataset), batch_size)` of them hold every example exactly once.
+
+    Each epoch has its own shuffle: of the examples, which meet others of their own length bucket, and then of
+    the batches. `get_state()` gives the position, ready for JSON, and `set_state()` goes there.
+
+    Args:
+      dataset: the examples.
+      batch_size: examples of the batch over all processes.
+      buckets: the lengths `L` to pad to; a batch gets the smallest that holds its longest sequence.
+      seed: non-negative seed of the shuffles.
+      process_index: which of `process_count` equal parts of each batch (by rows) this process gets.
+      process_count: number of processes that share a batch.
+
+    Raises:
+      ValueError: no examples, a sequence longer than the longest bucket, a batch that processes cannot share,
+        a negative seed.
+    """
+    plan = _Plan(dataset, batch_size, buckets, seed, process_index, process_count)
+    return iter(_read(plan, num_steps=sys.maxsize))
+
+
+def eval_batches(
+    dataset: Sequences,
+    *,
+    batch_size: int,
+    buckets: Sequence[int],
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.IterDataset[Batch]:
+    """`num_batches(len(dataset), batch_size)` batches that hold every example exactly once, short ones first.
+
+    Every pass over the result gives the same batches. Arguments and errors as in `train_iterator`.
+    """
+    plan = _Plan(dataset, batch_size, buckets, None, process_index, process_count)
+    return _read(plan, num_steps=plan.num_batches)
+
+
+def _read(plan: _Plan, num_steps: int) -> grain.IterDataset[Batch]:
+    # One thread assembles the next batches while the current one trains.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return grain.MapDataset.range(num_steps).map(plan.batch).to_iter_dataset(options)
+
+
+class _Plan:
+    """Which examples make up the batch of each step, and the batch itself; `seed=None` does not shuffle."""
+
+    def __init__(
+        self,
+        dataset: Sequences,
+        batch_size: int,
+        buckets: Sequence[int],
+        seed: int | None,
+        process_index: int,
+        process_count: int,
+    ):
+        lengths = dataset.lengths
+        if not len(lengths):
+            raise ValueError("cannot make batches of a data set without examples")
+        if not len(buckets) or lengths.max() > max(buckets):
+            raise ValueError(
+                f"buckets must reach the longest sequence, of {lengths.max()} tokens, got {tuple(buckets)}"
+            )
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index must be in [0, {process_count}), got {process_index}")
+        if batch_size < 1 or batch_size % process_count:
+            raise ValueError(
+                f"batch_size must be a positive multiple of process_count {process_count}, got {batch_size}"
+            )
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.dataset = dataset
+        self.buckets = np.unique(buckets)
+        self.bucket_of = np.searchsorted(self.buckets, lengths)
+        self.num_batches = num_batches(len(lengths), batch_size)
+        self.seed = seed
+        self.num_rows = batch_size // process_count
+        self.first_row = process_index * self.num_rows
+        # Two: the thread that reads ahead enters the next epoch first.
+        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch: int) -> list[np.ndarray]:
+        """The example indices of each batch of one epoch."""
+        order, turn = np.arange(len(self.bucket_of)), np.arange(self.num_batches)
+        if self.seed is not None:
+            # Sorted raw words: what `Generator.shuffle` makes of a seed may change with NumPy's version.
+            bits = np.random.PCG64((self.seed, epoch))
+            order, turn = (np.argsort(bits.random_raw(len(items)), kind="stable") for items in (order, turn))
+        order = order[np.argsort(self.bucket_of[order], kind="stable")]
+        # Equal shares instead of one small remainder, whose gradient would weigh as much as a full batch's.
+        batches = np.array_split(order, self.num_batches)
+        return [batches[i] for i in turn]
+
+    def batch(self, step: int) -> Batch:
+        """The rows of this process in the batch of `step`, counted from 0 over all epochs."""
+        epoch, index = divmod(step, self.num_batches)
+        chosen = self.epoch(epoch)[index]
+        # Of the whole batch, so that every process pads to the same length.
+        length = self.buckets[self.bucket_of[chosen].max()]
+        tokens = np.zeros((self.num_rows, length), np.int32)
+        mask = np.zeros((self.num_rows, length), bool)
+        label = np.zeros(self.num_rows, np.int32)
+        example_mask = np.zeros(self.num_rows, bool)
+        for row, example in enumerate(chosen[self.first_row : self.first_row + self.num_rows].tolist()):
+            record = self.dataset[example]
+            size = len(record["tokens"])
+            tokens[row, :size] = record["tokens"]
+            mask[row, :size] = True
+            label[row] = record["label"]
+            example_mask[row] = True
+        return Batch(tokens=tokens, mask=mask, label=label, example_mask=example_mask)

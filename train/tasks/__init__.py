@@ -1,0 +1,24 @@
+"""The tasks that a config can name."""
+
+from train.cli import UsageError, user_errors
+from train.config import Config
+from train.tasks import lra
+from train.tasks.task import Batch, Task
+
+__all__ = ["TASKS", "Batch", "Task", "prepare"]
+
+TASKS: dict[str, type[Task]] = {"listops": lra.ListOps}
+
+
+def prepare(config: Config) -> Task:
+    """The task that `config.task.name` names, its data at hand; making that may take minutes.
+
+    Raises:
+      UsageError: an unknown task, wrong settings for it, or data that is missing or malformed.
+    """
+    if config.task.name not in TASKS:
+        raise UsageError(f"task.name `{config.task.name}` is not one of {', '.join(TASKS)}")
+    with user_errors(ValueError, TypeError, OSError):
+        task = TASKS[config.task.name](config)
+        task.prepare()
+    return task

@@ -1,0 +1,83 @@
+"""Long Range Arena (Tay et al. 2020): classification of long sequences of tokens."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+
+import grain
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from attn_jax.models import TransformerClassifier
+from train.data import SequenceDataset, batches, listops
+from train.tasks.task import Batch, Metrics, Task
+
+
+class SequenceClassification(Task):
+    """A class for each sequence of tokens."""
+
+    primary = "accuracy"
+    better = "higher"
+    vocab_size: int
+    num_classes: int
+
+    @abstractmethod
+    def load(self) -> Mapping[str, SequenceDataset]:
+        """The splits `train`, `val` and `test`."""
+
+    def prepare(self) -> None:
+        self.data = self.load()
+        self.buckets = tuple(self.config.task.buckets)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batches.num_batches(len(self.data["train"]), self.config.batch_size)
+
+    def model(self, rngs: nnx.Rngs) -> nnx.Module:
+        config = self.config
+        return TransformerClassifier(
+            vocab_size=self.vocab_size,
+            num_classes=self.num_classes,
+            mechanism=config.mechanism.name,
+            options={key: value for key, value in config.mechanism.items() if key != "name"},
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+            **config.model,
+        )
+
+    def train_iterator(self, seed: int) -> grain.DatasetIterator:
+        size = self.config.batch_size
+        return batches.train_iterator(self.data["train"], batch_size=size, buckets=self.buckets, seed=seed)
+
+    def eval_batches(self, split: str) -> Iterable[Batch]:
+        size = self.config.eval_batch_size
+        return batches.eval_batches(self.data[split], batch_size=size, buckets=self.buckets)
+
+    def metrics(self, model: nnx.Module, batch: Batch) -> Metrics:
+        logits = model(batch["tokens"], mask=batch["mask"]).astype(jnp.float32)
+        weight = batch["example_mask"].astype(jnp.float32)
+        count = weight.sum()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = logits.argmax(axis=-1) == batch["label"]
+        return {"loss": ((losses * weight).sum(), count), "accuracy": ((correct * weight).sum(), count)}
+
+    def baselines(self, split: str) -> dict[str, float]:
+        return {"majority": listops.majority_accuracy(self.data["train"].labels, self.data[split].labels)}
+
+
+class ListOps(SequenceClassification):
+    """The value of a nested list of operations on digits."""
+
+    vocab_size = listops.VOCAB_SIZE
+    num_classes = listops.NUM_CLASSES
+
+    def load(self) -> Mapping[str, SequenceDataset]:
+        task = self.config.task
+        if task.data_dir:
+            return listops.read_tsv(task.data_dir, max_length=max(task.buckets))
+        return listops.load(listops.ListOps(**task.generator))
+
+    def baselines(self, split: str) -> dict[str, float]:
+        root = listops.root_operator_accuracy(self.data["train"], self.data[split])
+        return super().baselines(split) | {"root operator": root}
