@@ -1,7 +1,7 @@
 """The transformer that every mechanism is compared in: block, stack and sequence classifier."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +9,8 @@ from flax import nnx
 from attn_jax.mechanisms.base import check_tokens, logical_axes, zero_masked
 from attn_jax.registry import build
 from attn_jax.types import Array, Dtype, check_mask
+
+Pool = Literal["cls", "first", "mean"]
 
 
 def sinusoidal_positions(length: int, dim: int, dtype: Dtype = jnp.float32) -> Array:
@@ -132,7 +134,8 @@ class TransformerClassifier(nnx.Module):
       vocab_size: ids are `0..vocab_size - 1`.
       num_classes: width of the output.
       dim, num_heads, num_layers: of the `Transformer`.
-      pool: "cls" (the output of a token put in front) or "mean" (over real tokens).
+      pool: "cls" (the output of a learned token put in front), "first" (that of the first real token) or "mean"
+        (over real tokens).
       head_dim: hidden width of the head, None for the MLP's.
       dropout: also on the embeddings.
       **transformer: further arguments of `Transformer` and `TransformerBlock`.
@@ -146,7 +149,7 @@ class TransformerClassifier(nnx.Module):
         dim: int,
         num_heads: int,
         num_layers: int,
-        pool: Literal["cls", "mean"] = "cls",
+        pool: Pool = "cls",
         head_dim: int | None = None,
         mlp_dim: int | None = None,
         dropout: float = 0.0,
@@ -155,8 +158,8 @@ class TransformerClassifier(nnx.Module):
         rngs: nnx.Rngs,
         **transformer: Any,
     ):
-        if pool not in ("cls", "mean"):
-            raise ValueError(f"TransformerClassifier: `pool` must be 'cls' or 'mean', got {pool!r}")
+        if pool not in get_args(Pool):
+            raise ValueError(f"TransformerClassifier: `pool` must be one of {', '.join(get_args(Pool))}, got {pool!r}")
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.pool = pool
@@ -200,8 +203,13 @@ class TransformerClassifier(nnx.Module):
             mask = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
         x = self.dropout(x + sinusoidal_positions(x.shape[1], x.shape[2], x.dtype))
         x = self.transformer(x, mask=mask)
-        pooled = x[:, 0] if self.cls is not None else masked_mean(x, mask)
+        pooled = masked_mean(x, mask) if self.pool == "mean" else first_real(x, mask)
         return self.head_out(nnx.relu(self.head_in(pooled))).astype(jnp.float32)
+
+
+def first_real(x: Array, mask: Array | None) -> Array:
+    """The first real token `(B, D)` of `x` `(B, L, D)`; a masked one where there is none."""
+    return x[:, 0] if mask is None else jnp.take_along_axis(x, mask.argmax(1)[:, None, None], axis=1)[:, 0]
 
 
 def masked_mean(x: Array, mask: Array | None) -> Array:
