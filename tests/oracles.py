@@ -21,6 +21,7 @@ class Stream(NamedTuple):
     mask: Any = None
     features: Sequence[Any] = ()
     bias: Any = 0.0
+    ordered: bool = True
 
 
 def softmax_attention(
@@ -45,8 +46,8 @@ def softmax_attention(
         z = scale * np.einsum("blhe,bmhe->bhlm", q, keys)
         if score is not None:
             query = [f.transpose(0, 2, 1)[..., None] for f in query_features]
-            z = score(z, i - j, query, [f.transpose(0, 2, 1)[:, :, None] for f in s.features])
-        allowed = (i - j <= (left)) & (j - i <= (0 if causal else right))
+            z = score(z, (i - j) * s.ordered, query, [f.transpose(0, 2, 1)[:, :, None] for f in s.features])
+        allowed = ((i - j <= left) & (j - i <= (0 if causal else right))) | (not s.ordered)
         if s.mask is not None:
             allowed = allowed & s.mask[:, None, None, :]
         logits.append(np.where(allowed, z + s.bias, -np.inf))

@@ -41,6 +41,7 @@ class Case(NamedTuple):
     scale: float | None = None
     causal: bool = False
     window: Any = None
+    ordered: tuple[bool, ...] = (True, True, True)
     tiles: tuple[tuple[int, int], tuple[int, int]] = ((4, 3), (3, 5))
 
 
@@ -53,6 +54,7 @@ CASES = {
     "window to the left": Case(13, (17,), masked=False, window=(4, 0), tiles=((2, 8), (8, 2))),
     "three streams, biases": Case(7, (11, 0, 3), biases=((BATCH, 1), (1, 1), (BATCH, HEADS))),
     "two streams, curved score, causal": Case(11, (7, 13), score=curved, causal=True, scale=0.6),
+    "a causal window and latents": Case(17, (17, 5), score=curved, causal=True, window=4, ordered=(True, False)),
     "everything in a window": Case(13, (17,), 2, score=curved, window=(2, 5), biases=((1, HEADS),)),
 }
 each_case = pytest.mark.parametrize("name", CASES)
@@ -84,7 +86,10 @@ def definition(case: Case, offset: int, masks: Any, arrays: Any) -> Any:
     left, right = (case.window,) * 2 if isinstance(case.window, int) else case.window or (np.inf, np.inf)
     return oracles.softmax_attention(
         q,
-        [oracles.Stream(k, v, m, f, 0 if b is None else b) for (k, v, f, b), m in zip(streams, masks)],
+        [
+            oracles.Stream(k, v, m, f, 0 if b is None else b, ordered)
+            for (k, v, f, b), m, ordered in zip(streams, masks, case.ordered)
+        ],
         query_features=query_features,
         score=case.score,
         causal=case.causal,
@@ -105,7 +110,10 @@ def compiled(name: str, implementation: str) -> Any:
             q, query_features, streams = arrays
             return attend(
                 q,
-                [Stream(k, v, m, tuple(f), b) for (k, v, f, b), m in zip(streams, masks)],
+                [
+                    Stream(k, v, m, tuple(f), b, ordered)
+                    for (k, v, f, b), m, ordered in zip(streams, masks, case.ordered)
+                ],
                 query_features=tuple(query_features),
                 score=case.score,
                 causal=case.causal,
@@ -292,11 +300,45 @@ def test_split_keys_merge_by_their_lse():
         assert_close(*jax.jit(lambda: (value_and_vjp(whole), value_and_vjp(merged)))(), FLOAT64)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_reach_beyond_rounding_changes_nothing(causal):
+    """Tiles left out because their weights vanish: values and gradients stay, for a reach of every head's own."""
+    draw = np.random.default_rng(0)
+    length, rate = 41, np.array([40.0, 9.0, 3.0, 0.0])  # in nats for each position
+    q, k = (draw.normal(size=(BATCH, length, HEADS, WIDTH)) for _ in range(2))
+    v = draw.normal(size=(BATCH, length, HEADS, VALUE_WIDTH))
+    cotangents = draw.normal(size=v.shape), draw.normal(size=v.shape[:3])
+    spread = 2 * np.abs(np.einsum("blhe,bmhe->blhm", q, k)).max()
+    # exp(-80) is far below the rounding of float64.
+    reach = np.broadcast_to(np.ceil((80 + spread) / np.maximum(rate, 0.1)).astype(np.int32), (BATCH, HEADS))
+
+    def run(reach, q, k, v, rate):
+        features = jnp.broadcast_to(rate, q.shape[:3])
+        options = {"score": decaying, "query_features": (features,), "causal": causal, "reach": reach}
+        tiles = {"forward_tile": (5, 4), "backward_tile": (3, 7)}
+        return attend(q, [Stream(k, v)], **options, **tiles)[:2]
+
+    @jax.jit
+    def value_and_vjp(reach):
+        value, vjp = jax.vjp(functools.partial(run, reach), q, k, v, rate)
+        return value, vjp(cotangents)
+
+    with jax.enable_x64(True):
+        assert_close(value_and_vjp(reach), value_and_vjp(None), FLOAT64)
+
+
+def decaying(dot, distance, query, key):
+    return dot - jnp.abs(distance) * query[0]
+
+
 # Cost.
 
 
-@pytest.mark.parametrize("causal,window", [(False, None), (True, None), (False, (5, 2)), (True, 0)])
-def test_no_tile_is_computed_in_vain(causal, window):
+@pytest.mark.parametrize(
+    "causal,window,reach",
+    [(False, None, None), (True, None, None), (False, (5, 2), None), (True, 0, None), (False, None, 6)],
+)
+def test_no_tile_is_computed_in_vain(causal, window, reach):
     """Each tile of queries reads just enough tiles of keys, and the other way round in the backward pass."""
     length, forward, backward = 37, (8, 4), (4, 6)
     count = 0
@@ -316,6 +358,7 @@ def test_no_tile_is_computed_in_vain(causal, window):
             score=counting,
             causal=causal,
             window=window,
+            reach=None if reach is None else jnp.full((1, 1), reach),
             implementation="xla",
             forward_tile=forward,
             backward_tile=backward,
@@ -324,10 +367,19 @@ def test_no_tile_is_computed_in_vain(causal, window):
     distance = np.arange(length)[:, None] - np.arange(length)
     left, right = {None: (length, length), 0: (0, 0)}.get(window, window)
     seen = (distance <= left) & (-distance <= (0 if causal else right))
+    if reach is not None:
+        seen = np.abs(distance) <= reach
+
+    def tiles(positions, size):
+        # Within a reach tiles stay where they are; in a band they start at its edge.
+        return (
+            len(np.unique(np.flatnonzero(positions) // size)) if reach is not None else -(-positions.sum() // size)
+        )
+
     rows, columns = np.arange(0, length, forward[0]), np.arange(0, length, backward[1])
     least = [
-        sum(-(-seen[i : i + forward[0]].any(0).sum() // forward[1]) for i in rows),
-        sum(-(-seen[:, j : j + backward[1]].any(1).sum() // backward[0]) for j in columns),
+        sum(tiles(seen[i : i + forward[0]].any(0), forward[1]) for i in rows),
+        sum(tiles(seen[:, j : j + backward[1]].any(1), backward[0]) for j in columns),
     ]
 
     jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones((1, length, 1, 2))))

@@ -36,6 +36,8 @@ class Stream(NamedTuple):
       mask: bool `(B, M)`, True = may be used, or None.
       features: float arrays `(B, M, H)` for the score.
       bias: None or float `(B or 1, H or 1, L, M)`, added to the logits.
+      ordered: whether key `j` stands at position `j` of the sequence that the queries are from. Where it does not
+        (latent tokens, samples, a memory), causality and windows do not concern it and its distance is 0.
     """
 
     keys: Array
@@ -43,11 +45,12 @@ class Stream(NamedTuple):
     mask: Array | None = None
     features: Features = ()
     bias: Array | None = None
+    ordered: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static about one attention: the score, the band of admissible distances, the tiles.
+    """What is static about attention to one stream: the score, the band of admissible distances, the tiles.
 
     `left` and `right` bound how far a key may lie behind and ahead of the query, None for any distance.
     Positions `i` of queries and `j` of keys come as broadcastable integer arrays.
@@ -56,6 +59,7 @@ class Plan:
     score: Score | None
     left: int | None
     right: int | None
+    ordered: bool = True
     forward_tile: tuple[int, int] = FORWARD_TILE
     backward_tile: tuple[int, int] = BACKWARD_TILE
 
@@ -64,7 +68,10 @@ class Plan:
         return self.left is not None or self.right is not None
 
     def logits(self, dot: Array, i: Array, j: Array, query: Features, key: Features) -> Array:
-        return dot if self.score is None else self.score(dot, (i - j).astype(dot.dtype), query, key)
+        if self.score is None:
+            return dot
+        distance = (i - j).astype(dot.dtype) if self.ordered else jnp.zeros((), dot.dtype)
+        return self.score(dot, distance, query, key)
 
     def mask(self, logits: Array, i: Array, j: Array, valid: Array | None) -> Array:
         allowed = [] if valid is None else [valid]
@@ -74,16 +81,34 @@ class Plan:
             allowed.append(j - i <= self.right)
         return jnp.where(functools.reduce(jnp.logical_and, allowed), logits, NEG_INF) if allowed else logits
 
-    def keys_of(self, first: Array, last: Array, length: int) -> tuple[Array | int, Array | int]:
-        """The range of the `length` keys that queries at positions `first..last` can see."""
-        low = 0 if self.left is None else jnp.clip(first - self.left, 0, length)
-        high = length if self.right is None else jnp.clip(last + self.right + 1, 0, length)
-        return low, high
+    def keys_of(
+        self, first: Array, last: Array, length: int, reach: Array | None, tile: int
+    ) -> tuple[Array | int, Array | int]:
+        """The range of the `length` keys that queries at positions `first..last` read, in tiles of `tile`."""
+        return self._range(first, last, length, self.left, self.right, reach, tile)
 
-    def queries_of(self, first: Array, last: Array, length: int) -> tuple[Array | int, Array | int]:
-        """The range of the `length` queries that can see keys at positions `first..last`."""
-        low = 0 if self.right is None else jnp.clip(first - self.right, 0, length)
-        high = length if self.left is None else jnp.clip(last + self.left + 1, 0, length)
+    def queries_of(
+        self, first: Array, last: Array, length: int, reach: Array | None, tile: int
+    ) -> tuple[Array | int, Array | int]:
+        """The range of the `length` queries that read keys at positions `first..last`, in tiles of `tile`."""
+        return self._range(first, last, length, self.right, self.left, reach, tile)
+
+    def _range(
+        self,
+        first: Array,
+        last: Array,
+        length: int,
+        left: int | None,
+        right: int | None,
+        reach: Array | None,
+        tile: int,
+    ) -> tuple[Array | int, Array | int]:
+        low = 0 if left is None else jnp.clip(first - left, 0, length)
+        high = length if right is None else jnp.clip(last + right + 1, 0, length)
+        if reach is not None and self.ordered:
+            # Whole tiles, so that where the reach ends does not move the ones that are computed.
+            low = jnp.maximum(low, (first - reach) // tile * tile)
+            high = jnp.minimum(high, last + reach + 1)
         return low, high
 
 

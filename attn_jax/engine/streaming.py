@@ -46,6 +46,9 @@ from attn_jax.engine.plan import (
 from attn_jax.engine.tiled import attend_tiled
 from attn_jax.types import Array, Window, check_mask, check_shape
 
+# No sequence is wider, and position + window must not overflow int32.
+_WIDEST = 2**30
+
 
 class Attended(NamedTuple):
     """What the engine returns.
@@ -70,6 +73,7 @@ def attend(
     causal: bool = False,
     window: Window | None = None,
     query_offset: Array | int = 0,
+    reach: Array | None = None,
     scale: float | None = None,
     implementation: str | None = None,
     operation: str = "attend",
@@ -85,9 +89,11 @@ def attend(
       streams: one or more `Stream`s; together they share the softmax.
       query_features: float arrays `(B, L, H)` for the score.
       score: elementwise score, None for the plain dot product.
-      causal: key `j` is admissible for query `i` only if `j <= i`, in every stream.
-      window: key `j` is admissible only if `i - left <= j <= i + right`, in every stream.
+      causal: key `j` is admissible for query `i` only if `j <= i`, in every ordered stream.
+      window: key `j` is admissible only if `i - left <= j <= i + right`, in every ordered stream.
       query_offset: position of the first query relative to the first key, an integer, may be traced.
+      reach: int32 `(B, H)`, may be traced: a promise that keys of ordered streams farther than this from a query
+        have weights below rounding, so that the "xla" path may leave out tiles of them.
       scale: multiplies `q` (None: 1).
       implementation: None, "dense" or "xla".
       operation: name used in errors and in the log.
@@ -101,10 +107,17 @@ def attend(
     left, right = (None, None) if window is None else check_window(operation, window)
     if causal:
         right = 0 if right is None else min(right, 0)
-    plan = Plan(score, left, right, forward_tile, backward_tile)
     _check(operation, q, streams, query_features)
+    plans = tuple(
+        Plan(score, *((left, right) if s.ordered else (None, None)), s.ordered, forward_tile, backward_tile)
+        for s in streams
+    )
+    streams = [s._replace(ordered=None) for s in streams]  # static, and not an array of the pytree
+    if reach is not None:
+        check_shape(operation, "reach", reach, "(B, H)", (q.shape[0], q.shape[2]))
+        reach = jnp.clip(lax.stop_gradient(reach), 0, _WIDEST).astype(jnp.int32)
     # NumPy's float64 becomes JAX's default here.
-    q, streams, query_features = jax.tree.map(jnp.asarray, (q, list(streams), tuple(query_features)))
+    q, streams, query_features = jax.tree.map(jnp.asarray, (q, streams, tuple(query_features)))
     dtype = jnp.result_type(q, *(s.values for s in streams))
     operand = jnp.result_type(dtype, *(s.keys for s in streams))
     # A NaN in one query must stay in its own row, also in the gradients of the keys that the row reads.
@@ -117,15 +130,21 @@ def attend(
         q = (q * jnp.asarray(scale, accumulation(operand))).astype(operand)
     heads = q.shape[2]
     arrays = [_clean(s, heads, operand) for s in streams]
-    compute = functools.partial(_attend_dense if implementation == "dense" else attend_tiled, plan)
+    compute = functools.partial(_attend_dense if implementation == "dense" else attend_tiled, plans)
     batch_axes, head_axes = dispatch.mesh_axes("batch", q.shape[0]), dispatch.mesh_axes("heads", heads)
     if batch_axes or head_axes:
         token, scalar = P(batch_axes, None, head_axes), P()
-        in_specs: Any = (scalar, token, token, [_specs(s, batch_axes, head_axes) for s in arrays])
+        in_specs: Any = (
+            scalar,
+            P(batch_axes, head_axes),
+            token,
+            token,
+            [_specs(s, batch_axes, head_axes) for s in arrays],
+        )
         out_specs = (token, token, P(None, batch_axes, None, head_axes))
         compute = jax.shard_map(compute, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     offset = jnp.asarray(query_offset, jnp.int32)
-    out, lse, stream_lse = compute(offset, q, query_features, arrays)
+    out, lse, stream_lse = compute(offset, reach, q, query_features, arrays)
     out = jnp.where(row_ok[..., None], out, jnp.nan).astype(dtype)
     return Attended(out, jnp.where(row_ok, lse, jnp.nan), lax.stop_gradient(stream_lse))
 
@@ -149,8 +168,7 @@ def check_window(where: str, window: Window) -> tuple[int, int]:
     pair = window if isinstance(window, Sequence) else (window, window)
     if len(pair) != 2 or any(not isinstance(w, Integral) or w < 0 for w in pair):
         raise ValueError(f"{where}: `window` must be an integer >= 0 or a pair of them, got {window!r}")
-    # No sequence is wider than 2^30, and position + window must not overflow int32.
-    return min(int(pair[0]), 2**30), min(int(pair[1]), 2**30)
+    return min(int(pair[0]), _WIDEST), min(int(pair[1]), _WIDEST)
 
 
 def _check(operation: str, q: Array, streams: Sequence[Stream], query_features: Features) -> None:
@@ -178,7 +196,7 @@ def _check(operation: str, q: Array, streams: Sequence[Stream], query_features: 
 
 def _clean(stream: Stream, heads: int, dtype: Any) -> Stream:
     """Masked keys become zeros, whatever they held, and key heads are repeated for the query heads they serve."""
-    keys, values, mask, features, bias = stream
+    keys, values, mask, features, bias, _ = stream
     keys, values = keys.astype(dtype), values.astype(dtype)
     if bias is not None and jnp.result_type(bias, accumulation(dtype)) != accumulation(dtype):
         bias = bias.astype(accumulation(dtype))  # a float64 bias on float32 operands
@@ -187,7 +205,7 @@ def _clean(stream: Stream, heads: int, dtype: Any) -> Stream:
         features = tuple(jnp.where(mask[:, :, None], f, 0) for f in features)
     if keys.shape[2] != heads:
         keys, values = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (keys, values))
-    return Stream(keys, values, mask, features, bias)
+    return stream._replace(keys=keys, values=values, mask=mask, features=features, bias=bias)
 
 
 def _specs(stream: Stream, batch: Any, heads: Any) -> Any:
@@ -195,19 +213,29 @@ def _specs(stream: Stream, batch: Any, heads: Any) -> Any:
     token, bias = P(batch, None, heads), None
     if stream.bias is not None:
         bias = P(*(axes if size > 1 else None for axes, size in zip((batch, heads), stream.bias.shape)))
-    specs: Any = Stream
-    return specs(token, token, None if stream.mask is None else P(batch), (token,) * len(stream.features), bias)
+    mask = None if stream.mask is None else P(batch)
+    return stream._replace(
+        keys=token, values=token, mask=mask, features=(token,) * len(stream.features), bias=bias
+    )
 
 
 # The readable version: all scores at once, differentiated by autodiff.
 
 
-def _attend_dense(plan: Plan, offset: Array, q: Array, query_features: Features, streams: list[Stream]) -> Any:
+def _attend_dense(
+    plans: tuple[Plan, ...],
+    offset: Array,
+    reach: Array | None,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
+) -> Any:
+    del reach  # dense means dense
     by_head = functools.partial(jnp.transpose, axes=(0, 2, 1))
     acc = accumulation(q.dtype)
     i = offset + jnp.arange(q.shape[1])[:, None]
     parts = []
-    for s in streams:
+    for plan, s in zip(plans, streams):
         j = jnp.arange(s.keys.shape[1])
         dot = jnp.einsum("blhe,bmhe->bhlm", q, s.keys, preferred_element_type=acc)
         z = plan.logits(

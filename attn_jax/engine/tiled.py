@@ -7,7 +7,8 @@ Everything below `attend_tiled` works on one *row*, a head of an example: querie
                     carry (maximum, normaliser, sum)                carry (dk, dv), add to dq
 
 Skipped tiles cost nothing: the inner loops have bounds, no masks. Where there is a band, inner tiles start
-anywhere (at the edge of the band), so a window needs few of them. Autodiff through the loops would keep every
+anywhere (at the edge of the band), so a window needs few of them. There is one `Plan` for each stream; they differ
+in their bands. Autodiff through the loops would keep every
 tile; the backward pass keeps `(out, lse)` and computes the tiles again.
 """
 
@@ -24,44 +25,64 @@ from attn_jax.types import NEG_INF, Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_tiled(plan: Plan, offset: Array, q: Array, query_features: Features, streams: list[Stream]) -> Any:
+def attend_tiled(
+    plans: tuple[Plan, ...],
+    offset: Array,
+    reach: Array | None,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
+) -> Any:
     """`(out, lse, stream_lse)` as in `Attended`, for arrays `(B, L, H, ...)` whose masked keys are zero."""
-    return _forward(plan, offset, q, query_features, streams)[0]
+    return _forward(plans, offset, reach, q, query_features, streams)[0]
 
 
-def _forward(plan: Plan, offset: Array, q: Array, query_features: Features, streams: list[Stream]) -> Any:
+def _forward(
+    plans: tuple[Plan, ...],
+    offset: Array,
+    reach: Array | None,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
+) -> Any:
     heads = q.shape[2]
-    row = functools.partial(_forward_row, plan, offset, [s.bias for s in streams])
-    out, lse, stream_lse = dispatch.over_rows(row, *_rows(q, query_features, streams))
+    row = functools.partial(_forward_row, plans, offset, [s.bias for s in streams])
+    out, lse, stream_lse = dispatch.over_rows(row, *_rows(reach, q, query_features, streams))
     out, lse = _from_rows(out, heads), _from_rows(lse, heads)
     stream_lse = jnp.stack([_from_rows(x, heads) for x in stream_lse])
-    return (out, lse, stream_lse), (offset, q, query_features, streams, out, lse)
+    return (out, lse, stream_lse), (offset, reach, q, query_features, streams, out, lse)
 
 
-def _backward(plan: Plan, residuals: Any, cotangents: Any) -> Any:
-    offset, q, query_features, streams, out, lse = residuals
+def _backward(plans: tuple[Plan, ...], residuals: Any, cotangents: Any) -> Any:
+    offset, reach, q, query_features, streams, out, lse = residuals
     g, g_lse, _ = cotangents
     rows = (
-        *_rows(q, query_features, streams),
+        *_rows(reach, q, query_features, streams),
         # Where nothing was read, exp(z - lse) must vanish and not be exp(NEG_INF - NEG_INF) = 1.
         _to_rows(jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)),
         _to_rows(jnp.sum(g * out, axis=-1) - g_lse),
         _to_rows(g.astype(q.dtype)),
     )
     biases = [s.bias for s in streams]
-    dq, d_query, d_streams = dispatch.over_rows(functools.partial(_backward_row, plan, offset, biases), *rows)
+    dq, d_query, d_streams = dispatch.over_rows(functools.partial(_backward_row, plans, offset, biases), *rows)
     d_biases = [
-        None if s.bias is None else _bias_cotangent(plan, offset, n, s.bias, rows) for n, s in enumerate(streams)
+        None if s.bias is None else _bias_cotangent(plans[n], offset, n, s.bias, rows)
+        for n, s in enumerate(streams)
     ]
 
     def like(row: Array, primal: Array) -> Array:
         return _from_rows(row, q.shape[2]).astype(primal.dtype)
 
     d_streams = [
-        Stream(like(d.keys, s.keys), like(d.values, s.values), None, jax.tree.map(like, d.features, s.features), b)
+        d._replace(
+            keys=like(d.keys, s.keys),
+            values=like(d.values, s.values),
+            features=jax.tree.map(like, d.features, s.features),
+            bias=b,
+        )
         for d, s, b in zip(d_streams, streams, d_biases)
     ]
-    return None, like(dq, q), jax.tree.map(like, d_query, query_features), d_streams
+    return None, None, like(dq, q), jax.tree.map(like, d_query, query_features), d_streams
 
 
 attend_tiled.defvjp(_forward, _backward)
@@ -81,20 +102,26 @@ def _from_rows(x: Array, heads: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0] // heads, heads, *x.shape[1:]), 1, 2)
 
 
-class _Index(NamedTuple):
-    """Which row this is."""
+class _Row(NamedTuple):
+    """Which row this is, and how far it reads."""
 
     batch: Array
     head: Array
+    reach: Array | None
+
+
+def _stream(keys: Array, values: Array, mask: Array | None, features: Features) -> Stream:
+    """A stream of arrays only: biases are read in place, what is static is in the `Plan`."""
+    return Stream(keys, values, mask, features, None, None)  # pyright: ignore[reportArgumentType]
 
 
 def _rows(
-    q: Array, query_features: Features, streams: list[Stream]
-) -> tuple[_Index, Array, Features, list[Stream]]:
+    reach: Array | None, q: Array, query_features: Features, streams: list[Stream]
+) -> tuple[_Row, Array, Features, list[Stream]]:
     batch, heads = q.shape[0], q.shape[2]
     number = jnp.arange(batch * heads)
     row_streams = [
-        Stream(
+        _stream(
             _to_rows(s.keys),
             _to_rows(s.values),
             None if s.mask is None else jnp.repeat(s.mask, heads, axis=0),
@@ -102,7 +129,8 @@ def _rows(
         )
         for s in streams
     ]
-    return _Index(number // heads, number % heads), _to_rows(q), tuple(map(_to_rows, query_features)), row_streams
+    row = _Row(number // heads, number % heads, None if reach is None else reach.reshape(-1))
+    return row, _to_rows(q), tuple(map(_to_rows, query_features)), row_streams
 
 
 # Tiles.
@@ -143,7 +171,7 @@ def _pad_keys(s: Stream, length: int) -> Stream:
     mask = s.mask
     if length != keys:
         mask = _pad(jnp.ones(keys, bool) if mask is None else mask, length)
-    return Stream(_pad(s.keys, length), _pad(s.values, length), mask, tuple(_pad(f, length) for f in s.features))
+    return _stream(_pad(s.keys, length), _pad(s.values, length), mask, tuple(_pad(f, length) for f in s.features))
 
 
 def _pad_bias(bias: Array | None, queries: int, keys: int) -> Array | None:
@@ -152,11 +180,11 @@ def _pad_bias(bias: Array | None, queries: int, keys: int) -> Array | None:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, queries - bias.shape[2]), (0, keys - bias.shape[3])))
 
 
-def _bias_start(bias: Array, row: _Index, i0: Array | int, j0: Array | int) -> tuple[Any, ...]:
+def _bias_start(bias: Array, row: _Row, i0: Array | int, j0: Array | int) -> tuple[Any, ...]:
     return row.batch if bias.shape[0] > 1 else 0, row.head if bias.shape[1] > 1 else 0, i0, j0
 
 
-def _bias_tile(bias: Array, row: _Index, i0: Array | int, j0: Array | int, shape: tuple[int, ...]) -> Array:
+def _bias_tile(bias: Array, row: _Row, i0: Array | int, j0: Array | int, shape: tuple[int, ...]) -> Array:
     return lax.dynamic_slice(bias, _bias_start(bias, row, i0, j0), (1, 1, *shape))[0, 0]
 
 
@@ -173,22 +201,28 @@ def _dot(a: Array, b: Array, acc: Any) -> Array:
 
 
 def _forward_row(
-    plan: Plan, offset: Array, biases: list, row: _Index, q: Array, query_features: Features, streams: list[Stream]
+    plans: tuple[Plan, ...],
+    offset: Array,
+    biases: list,
+    row: _Row,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
 ) -> tuple[Array, Array, list[Array]]:
     length = q.shape[0]
     acc = accumulation(q.dtype)
-    size = _tile_size(plan.forward_tile[0], length)
+    size = _tile_size(plans[0].forward_tile[0], length)
     padded = _padded(length, size, False)
     q = _pad(q, padded)
     query_features = tuple(_pad(f, padded, 1).astype(acc) for f in query_features)
 
-    inner = [_inner(plan, s, bias, padded) for s, bias in zip(streams, biases)]
+    inner = [_inner(plan, s, bias, padded) for plan, s, bias in zip(plans, streams, biases)]
 
     def attend_one(i0: Array) -> tuple[Array, Array, list[Array]]:
         position = offset + i0 + jnp.arange(size)[:, None]
         features = tuple(_slice(f, i0, size)[:, None] for f in query_features)
         queries = _Queries(i0, position, _slice(q, i0, size), features)
-        parts = [_read(plan, row, queries, stream) for stream in inner]
+        parts = [_read(row, queries, stream) for stream in inner]
         out, lse, stream_lse = merge(parts)
         return out, lse[:, 0], [x[:, 0] for x in stream_lse]
 
@@ -199,6 +233,7 @@ def _forward_row(
 class _Inner(NamedTuple):
     """A row's padded stream, `length` keys of which are its own, read in tiles of `tile`."""
 
+    plan: Plan
     length: int
     tile: int
     stream: Stream
@@ -209,15 +244,15 @@ def _inner(plan: Plan, stream: Stream, bias: Array | None, queries: int) -> _Inn
     length = stream.keys.shape[0]
     tile = _tile_size(plan.forward_tile[1], length)
     stream = _pad_keys(stream, _padded(length, tile, plan.banded))
-    return _Inner(length, tile, stream, _pad_bias(bias, queries, stream.keys.shape[0]))
+    return _Inner(plan, length, tile, stream, _pad_bias(bias, queries, stream.keys.shape[0]))
 
 
-def _read(plan: Plan, row: _Index, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Array]:
+def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Array]:
     """What a tile of queries reads from a stream: (maximum, normaliser, sum), `(tile, 1)` and `(tile, V)`."""
     acc = accumulation(queries.q.dtype)
     number, width = queries.q.shape[0], inner.stream.values.shape[1]
-    length, size, stream, bias = inner
-    low, high = plan.keys_of(queries.position[0, 0], queries.position[-1, 0], length)
+    plan, length, size, stream, bias = inner
+    low, high = plan.keys_of(queries.position[0, 0], queries.position[-1, 0], length, row.reach, size)
 
     def step(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, l, o = carry
@@ -247,10 +282,10 @@ class _RowGradients(NamedTuple):
 
 
 def _backward_row(
-    plan: Plan,
+    plans: tuple[Plan, ...],
     offset: Array,
     biases: list,
-    row: _Index,
+    row: _Row,
     q: Array,
     query_features: Features,
     streams: list[Stream],
@@ -260,8 +295,8 @@ def _backward_row(
 ) -> tuple[Array, Features, list[Stream]]:
     length = q.shape[0]
     acc = accumulation(q.dtype)
-    size = _tile_size(plan.backward_tile[0], length)
-    padded = _padded(length, size, plan.banded)
+    size = _tile_size(plans[0].backward_tile[0], length)
+    padded = _padded(length, size, any(plan.banded for plan in plans))
     queries = _Queries(
         jnp.int32(0),
         offset + jnp.arange(padded),
@@ -272,7 +307,7 @@ def _backward_row(
     outer = _Outer(length, size, queries, lse, _pad(delta, padded), _pad(g, padded))
     d_row = _RowGradients(jnp.zeros(queries.q.shape, acc), tuple(jnp.zeros(padded, acc) for _ in query_features))
     d_streams = []
-    for stream, bias in zip(streams, biases):
+    for plan, stream, bias in zip(plans, streams, biases):
         d_row, d_stream = _differentiate_stream(plan, offset, row, outer, stream, bias, d_row)
         d_streams.append(d_stream)
     return d_row.q[:length], tuple(d[:length] for d in d_row.features), d_streams
@@ -290,7 +325,7 @@ class _Outer(NamedTuple):
 
 
 def _differentiate_stream(
-    plan: Plan, offset: Array, row: _Index, outer: _Outer, stream: Stream, bias: Array | None, d_row: _RowGradients
+    plan: Plan, offset: Array, row: _Row, outer: _Outer, stream: Stream, bias: Array | None, d_row: _RowGradients
 ) -> tuple[_RowGradients, Stream]:
     """Tiles of logits are (keys, queries) here, which spares the transposed products."""
     keys = stream.keys.shape[0]
@@ -304,7 +339,7 @@ def _differentiate_stream(
         valid = None if stream.mask is None else _slice(stream.mask, j0, size)[:, None]
         key_features = tuple(_slice(f, j0, size)[:, None].astype(acc) for f in stream.features)
         j = j0 + jnp.arange(size)[:, None]
-        low, high = plan.queries_of(j0 - offset, j0 + size - 1 - offset, outer.length)
+        low, high = plan.queries_of(j0 - offset, j0 + size - 1 - offset, outer.length, row.reach, outer.tile)
 
         def query_tile(t: Array, carry: tuple[Stream, _RowGradients]) -> tuple[Stream, _RowGradients]:
             d_keys, d_row = carry
@@ -322,7 +357,7 @@ def _differentiate_stream(
             p = jnp.exp(plan.mask(z, i, j, valid) - take(outer.lse))
             d_dot, d_query, d_key = score_vjp(p * (_dot(v, g.T, acc) - take(outer.delta)))
             d_dot = d_dot.astype(q.dtype)
-            d_keys = Stream(
+            d_keys = _stream(
                 d_keys.keys + _dot(d_dot, q, acc),
                 d_keys.values + _dot(p.astype(g.dtype), g, acc),
                 None,
@@ -334,7 +369,7 @@ def _differentiate_stream(
             )
             return d_keys, d_row
 
-        zeros = Stream(
+        zeros = _stream(
             jnp.zeros(k.shape, acc),
             jnp.zeros(v.shape, acc),
             None,

@@ -159,7 +159,9 @@ class TransformerClassifier(nnx.Module):
         **transformer: Any,
     ):
         if pool not in get_args(Pool):
-            raise ValueError(f"TransformerClassifier: `pool` must be one of {', '.join(get_args(Pool))}, got {pool!r}")
+            raise ValueError(
+                f"TransformerClassifier: `pool` must be one of {', '.join(get_args(Pool))}, got {pool!r}"
+            )
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.pool = pool
