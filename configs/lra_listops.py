@@ -26,11 +26,11 @@ DEFAULT = {
         },
         "buckets": (768, 1_152, 1_536, 2_048),
     },
-    "model": {"dim": 64, "num_heads": 2, "num_layers": 2, "mlp_dim": 128, "pool": "mean", "dropout": 0.0},
+    "model": {"dim": 64, "num_heads": 2, "num_layers": 2, "mlp_dim": 128, "pool": "first", "dropout": 0.0},
     "batch_size": 16,
     "steps": 400,
     "eval_every": 200,
-    "optimizer": {"learning_rate": 3e-3, "warmup_steps": 50, "weight_decay": 0.01},
+    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50, "weight_decay": 0.01},
 }
 
 SMOKE = {

@@ -5,6 +5,9 @@ disturbs it least. *All cores*: wall time, torch on as many threads as ours has 
 channels) over. A ratio is the median of those of neighbouring calls, ours / peer.
 """
 
+# The peers are an extra, which those who check types need not have installed.
+# pyright: reportMissingImports=false
+
 import functools
 import warnings
 from argparse import Namespace
