@@ -14,9 +14,10 @@ from attn_jax.models.transformer import (
     Transformer,
     TransformerBlock,
     TransformerClassifier,
+    first_real,
     masked_mean,
-    sinusoidal_positions,
 )
+from attn_jax.positions import sinusoidal_positions
 
 # The readable implementation: it compiles fastest, and the mechanisms have their own tests.
 DENSE = {"implementation": "dense"}
@@ -46,17 +47,14 @@ def shake(module, seed=0):
     return module
 
 
-# Positions and pooling.
+# Pooling.
 
 
-@pytest.mark.parametrize("dim", [1, 2, 7, 8])
-def test_sinusoidal_positions_are_the_formula(dim):
-    """sin and cos of position / 10000^(n / (half - 1)), n = 0 .. half - 1."""
-    half = -(-dim // 2)
-    for position, row in enumerate(np.asarray(sinusoidal_positions(11, dim))):
-        angles = [position / 10000 ** (n / max(half - 1, 1)) for n in range(half)]
-        expected = [np.sin(a) for a in angles] + [np.cos(a) for a in angles]
-        np.testing.assert_allclose(row, expected[:dim], atol=1e-5)  # float32 angles up to 10
+def test_first_real():
+    """The first token that is not masked."""
+    x = inputs()
+    np.testing.assert_array_equal(first_real(x, None), x[:, 0])
+    np.testing.assert_array_equal(first_real(x, np.arange(LENGTH) >= np.array([[0], [3]])), [x[0, 0], x[1, 3]])
 
 
 def test_masked_mean():
@@ -245,7 +243,7 @@ def tokens(length=LENGTH):
     return np.random.default_rng(0).integers(0, VOCAB, size=(BATCH, length))
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "first", "mean"])
 def test_the_classifier_is_its_parts(pool):
     model = classifier(pool)
 
@@ -255,14 +253,14 @@ def test_the_classifier_is_its_parts(pool):
         if pool == "cls":
             x = jnp.concatenate([jnp.broadcast_to(model.cls[...], (BATCH, 1, DIM)), x], axis=1)
         x = model.transformer(x + sinusoidal_positions(x.shape[1], DIM))
-        return model.head_out(nnx.relu(model.head_in(x[:, 0] if pool == "cls" else x.mean(1))))
+        return model.head_out(nnx.relu(model.head_in(x.mean(1) if pool == "mean" else x[:, 0])))
 
     logits = call(model, tokens())
     assert logits.shape == (BATCH, CLASSES)
     close(logits, by_hand(model))
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("pool", ["cls", "first", "mean"])
 def test_padding_changes_no_logit(pool):
     """A padded batch gives what its sequences give alone, whatever ids the padding has."""
     model, ids, length = classifier(pool), tokens(), 3
@@ -309,7 +307,7 @@ def test_dropout_is_there_in_training_only():
 @pytest.mark.parametrize(
     "make,message",
     [
-        (lambda: classifier("max"), "TransformerClassifier: `pool` must be 'cls' or 'mean', got 'max'"),
+        (lambda: classifier("max"), "TransformerClassifier: `pool` must be one of cls, first, mean, got 'max'"),
         (lambda: classifier(norm="mid"), "TransformerBlock: `norm` must be 'pre' or 'post', got 'mid'"),
         (lambda: classifier(mechanism="nope"), "unknown mechanism 'nope'; registered: .*dual_kv, .*standard"),
         (lambda: classifier()(np.ones((2, 3))), r"`tokens` must be integers \(B, L\), got float64 \(2, 3\)"),

@@ -7,6 +7,7 @@ from flax import nnx
 
 from attn_jax.engine import dispatch
 from attn_jax.engine.streaming import Stream, attend
+from attn_jax.positions import rotary
 from attn_jax.types import Array, Dtype, check_mask, check_shape
 
 
@@ -164,6 +165,7 @@ class ProjectedAttention(Attention):
 
     Args:
       implementation: see the mechanism's operation.
+      rope_base: turns queries and keys by their positions, see `attn_jax.positions.rotary`; None does not.
     """
 
     def __init__(
@@ -175,10 +177,17 @@ class ProjectedAttention(Attention):
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         implementation: str | None = None,
+        rope_base: float | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(dim, num_heads, causal=causal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.implementation = self.checked(implementation)
+        if rope_base is not None and (rope_base <= 0 or self.head_dim % 2):
+            raise ValueError(
+                f"{self.mechanism}: `rope_base` must be positive and needs an even head width,"
+                f" got {rope_base!r} and width {self.head_dim}"
+            )
+        self.rope_base = rope_base
         self.query = self.linear(dim, dim, ("embed", "heads"), rngs)
         self.key = self.linear(dim, dim, ("embed", "heads"), rngs)
         self.value = self.linear(dim, dim, ("embed", "heads"), rngs)
@@ -204,12 +213,15 @@ class ProjectedAttention(Attention):
         q, k, _ = self.project(x, source)
         return self.mix_weights(q, k, key_mask)
 
-    def project(self, x: Array, source: Array) -> tuple[Array, Array, Array]:
-        return (
-            self.split_heads(self.query(x)),
-            self.split_heads(self.key(source)),
-            self.split_heads(self.value(source)),
-        )
+    def project(self, x: Array, source: Array, position: Array | int = 0) -> tuple[Array, Array, Array]:
+        """Queries of `x`, keys and values of `source`; `position` is that of the first token."""
+        q, k, v = self.split_heads(self.query(x)), self.split_heads(self.key(source)), self.value(source)
+        if self.rope_base is not None:
+            if source is not x:
+                raise ValueError(f"{self.mechanism}: `context` has no positions that `rope_base` could turn by")
+            positions = position + jnp.arange(x.shape[1])
+            q, k = (rotary(array, positions, base=self.rope_base) for array in (q, k))
+        return q, k, self.split_heads(v)
 
     def cache_slots(self, max_length: int) -> int:
         """How many past tokens `step` can need."""
@@ -224,7 +236,7 @@ class ProjectedAttention(Attention):
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the cache that holds it."""
         self.require_causal("step")
         check_tokens(self.mechanism, "x", x, "(B, 1, D)", (cache.keys.shape[0], 1, self.dim))
-        q, k, v = self.project(x, x)
+        q, k, v = self.project(x, x, cache.length)
         cache, filled = cache.append(k, v)
         stream = Stream(cache.keys, cache.values, filled)
         o = attend(q, [stream], scale=self.head_dim**-0.5, implementation="dense").out

@@ -77,6 +77,7 @@ class LocalAttention(ProjectedAttention):
     Args:
       window: see `local_attention`.
       implementation: see `local_attention`.
+      rope_base: see `attn_jax.positions.rotary`; None: no rotary positions.
     """
 
     mechanism = "local"
@@ -91,6 +92,7 @@ class LocalAttention(ProjectedAttention):
         param_dtype: Dtype = jnp.float32,
         window: Window = 128,
         implementation: str | None = None,
+        rope_base: float | None = None,
         rngs: nnx.Rngs,
     ):
         super().__init__(
@@ -100,6 +102,7 @@ class LocalAttention(ProjectedAttention):
             dtype=dtype,
             param_dtype=param_dtype,
             implementation=implementation,
+            rope_base=rope_base,
             rngs=rngs,
         )
         self.window = check_window("local", window)

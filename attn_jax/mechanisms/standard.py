@@ -100,6 +100,7 @@ class StandardAttention(ProjectedAttention):
 
     Args:
       implementation: see `standard_attention`.
+      rope_base: see `attn_jax.positions.rotary`; None: no rotary positions.
     """
 
     mechanism = "standard"

@@ -1,5 +1,5 @@
 """Models that take any mechanism."""
 
-from attn_jax.models.transformer import Transformer, TransformerBlock, TransformerClassifier, sinusoidal_positions
+from attn_jax.models.transformer import Transformer, TransformerBlock, TransformerClassifier
 
-__all__ = ["Transformer", "TransformerBlock", "TransformerClassifier", "sinusoidal_positions"]
+__all__ = ["Transformer", "TransformerBlock", "TransformerClassifier"]

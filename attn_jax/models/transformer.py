@@ -7,18 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_jax.mechanisms.base import check_tokens, logical_axes, zero_masked
+from attn_jax.positions import sinusoidal_positions
 from attn_jax.registry import build
 from attn_jax.types import Array, Dtype, check_mask
 
 Pool = Literal["cls", "first", "mean"]
-
-
-def sinusoidal_positions(length: int, dim: int, dtype: Dtype = jnp.float32) -> Array:
-    """Sinusoidal position embeddings `(L, D)` (Vaswani et al. 2017, section 3.5): sines first, then cosines."""
-    half = (dim + 1) // 2
-    rate = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / max(half - 1, 1))
-    angle = jnp.arange(length)[:, None] * rate
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[:, :dim].astype(dtype)
 
 
 class TransformerBlock(nnx.Module):
