@@ -196,6 +196,40 @@ def test_a_bias_of_minus_infinity_is_a_mask(implementation, seed, share):
 
 @both
 @settings(max_examples=8)
+@given(seed=st.integers(0, 2**16))
+def test_a_span_is_a_mask(implementation, seed):
+    """Whatever the spans: empty, in any order, beyond the keys; next to a stream without and with a bias."""
+    draw = np.random.default_rng(seed)
+    length, keys = 13, 17
+    first, end = draw.integers(-3, keys + 3, size=(2, BATCH, length, HEADS)).astype(np.int32)
+    outside = (np.arange(keys) < first[..., None]) | (np.arange(keys) >= end[..., None])
+    arrays = [draw.normal(size=(BATCH, n, HEADS, WIDTH)) for n in (length, keys, keys, 5, 5)]
+    bias = draw.normal(size=(BATCH, HEADS, length, keys))
+    cotangents = draw.normal(size=arrays[0].shape), draw.normal(size=arrays[0].shape[:3])
+    with jax.enable_x64(True):
+        spanned = _two_streams(implementation)(arrays, bias, (first, end), cotangents)
+        masked = _two_streams(implementation)(
+            arrays, np.where(outside.transpose(0, 2, 1, 3), -np.inf, bias), None, cotangents
+        )
+        assert_close(spanned, masked, FLOAT64)
+
+
+@functools.cache
+def _two_streams(implementation):
+    def run(arrays, bias, span, cotangents):
+        def call(q, k1, v1, k2, v2, bias):
+            streams = [Stream(k1, v1, bias=bias, span=span), Stream(k2, v2)]
+            tiles = {"forward_tile": (4, 3), "backward_tile": (3, 5)}
+            return attend(q, streams, implementation=implementation, **tiles)[:2]
+
+        result, vjp = jax.vjp(call, *arrays, bias)
+        return result, vjp(cotangents)
+
+    return jax.jit(run)
+
+
+@both
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**16), bad=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_masked_keys_do_not_exist(implementation, seed, bad):
     """Whatever they hold, values and gradients are those of zeros there, to the bit, and 0 for themselves."""
@@ -387,6 +421,31 @@ def test_no_tile_is_computed_in_vain(causal, window, reach):
     assert count == sum(least)
 
 
+def test_no_tile_outside_of_the_spans_is_computed():
+    """Queries 0..31 in groups that read one aligned block of keys each, of which two groups share a tile."""
+    forward, backward, block = (8, 4), (4, 4), 4
+    blocks = np.repeat([0, 1, 1, 3, 4, 6, 6, 6], 4)
+    count = 0
+
+    def counting(dot, distance, query, key):
+        def add():
+            nonlocal count
+            count += 1
+
+        jax.debug.callback(add)
+        return dot
+
+    def run(x):
+        first = jnp.int32(block * blocks)[None, :, None]
+        stream = Stream(x, x, span=(first, first + block))
+        return attend(x, [stream], score=counting, forward_tile=forward, backward_tile=backward).out.sum()
+
+    jax.block_until_ready(jax.jit(jax.grad(run))(jnp.ones((1, 32, 1, 2))))
+    jax.effects_barrier()
+    # Blocks from the first to the last of a tile of queries; tiles of queries that read a block.
+    assert count == (2 + 3 + 3 + 1) + (1 + 2 + 1 + 1 + 3)
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["full", "causal"])
 def test_memory_is_linear_in_the_length(options):
     """Temporary memory of the backward pass: at most doubles with the length, and is far below one L x L array."""
@@ -522,6 +581,7 @@ def test_a_mesh_changes_nothing_and_gathers_nothing():
         ("`mask` must be boolean", {"mask": np.ones((2, 7))}),
         ("`bias` must be a floating-point array", {"bias": np.ones((1, 1, 5, 7), int)}),
         (r"`key feature` must have shape \(B, M, H\)", {"features": (np.ones((2, 7)),)}),
+        (r"`span` must have shape \(B, L, H\)", {"span": (np.ones((2, 5, 4), int), np.ones((2, 7, 4), int))}),
         (r"`query feature` must have shape \(B, L, H\)", {"query_features": (np.ones((2, 7, 4)),)}),
         ("`window` must be an integer >= 0", {"window": -1}),
         ("`window` must be an integer >= 0", {"window": 1.5}),

@@ -27,6 +27,11 @@ FORWARD_TILE = (256, 512)
 BACKWARD_TILE = (256, 256)
 
 
+# In a narrower window, tiles of this many queries (backward: keys) with all that they see leave less in vain.
+_NARROW = 256
+_NARROW_TILE = 64
+
+
 class Stream(NamedTuple):
     """Keys that a query may read.
 
@@ -38,6 +43,8 @@ class Stream(NamedTuple):
       bias: None or float `(B or 1, H or 1, L, M)`, added to the logits.
       ordered: whether key `j` stands at position `j` of the sequence that the queries are from. Where it does not
         (latent tokens, samples, a memory), causality and windows do not concern it and its distance is 0.
+      span: None or int32 `(first, end)`, each `(B, L, H)`: query `i` reads keys `first_i <= j < end_i` only. Fast
+        where neighbouring queries have neighbouring spans, since whole tiles are left out.
     """
 
     keys: Array
@@ -46,6 +53,7 @@ class Stream(NamedTuple):
     features: Features = ()
     bias: Array | None = None
     ordered: bool = True
+    span: tuple[Array, Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +81,12 @@ class Plan:
         distance = (i - j).astype(dot.dtype) if self.ordered else jnp.zeros((), dot.dtype)
         return self.score(dot, distance, query, key)
 
-    def mask(self, logits: Array, i: Array, j: Array, valid: Array | None) -> Array:
+    def mask(
+        self, logits: Array, i: Array, j: Array, valid: Array | None, span: tuple[Array, ...] | None
+    ) -> Array:
         allowed = [] if valid is None else [valid]
+        if span is not None:
+            allowed += [span[0] <= j, j < span[1]]
         if self.left is not None:
             allowed.append(i - j <= self.left)
         if self.right is not None:
@@ -110,6 +122,14 @@ class Plan:
             low = jnp.maximum(low, (first - reach) // tile * tile)
             high = jnp.minimum(high, last + reach + 1)
         return low, high
+
+
+def tiles(left: int | None, right: int | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The forward and backward tile for a band."""
+    if left is None or right is None or left + right > _NARROW:
+        return FORWARD_TILE, BACKWARD_TILE
+    seen = _NARROW_TILE + left + right
+    return (_NARROW_TILE, seen), (seen, _NARROW_TILE)
 
 
 def accumulation(dtype: Any) -> Any:

@@ -33,8 +33,6 @@ from jax.sharding import PartitionSpec as P
 
 from attn_jax.engine import dispatch
 from attn_jax.engine.plan import (
-    BACKWARD_TILE,
-    FORWARD_TILE,
     LOWEST_MAX,
     Features,
     Plan,
@@ -42,6 +40,7 @@ from attn_jax.engine.plan import (
     Stream,
     accumulation,
     merge,
+    tiles,
 )
 from attn_jax.engine.tiled import attend_tiled
 from attn_jax.types import Array, Window, check_mask, check_shape
@@ -77,8 +76,8 @@ def attend(
     scale: float | None = None,
     implementation: str | None = None,
     operation: str = "attend",
-    forward_tile: tuple[int, int] = FORWARD_TILE,
-    backward_tile: tuple[int, int] = BACKWARD_TILE,
+    forward_tile: tuple[int, int] | None = None,
+    backward_tile: tuple[int, int] | None = None,
 ) -> Attended:
     """Softmax attention of `q` over all `streams` at once.
 
@@ -97,7 +96,8 @@ def attend(
       scale: multiplies `q` (None: 1).
       implementation: None, "dense" or "xla".
       operation: name used in errors and in the log.
-      forward_tile, backward_tile: (queries, keys) per tile of the "xla" path; no effect on the result.
+      forward_tile, backward_tile: (queries, keys) per tile of the "xla" path, None to choose; no effect on the
+        result.
 
     Raises:
       ValueError: shapes, masks or windows that do not fit; unknown implementation.
@@ -107,11 +107,10 @@ def attend(
     left, right = (None, None) if window is None else check_window(operation, window)
     if causal:
         right = 0 if right is None else min(right, 0)
-    _check(operation, q, streams, query_features)
-    plans = tuple(
-        Plan(score, *((left, right) if s.ordered else (None, None)), s.ordered, forward_tile, backward_tile)
-        for s in streams
-    )
+    forward, backward = tiles(left, right)
+    cut = forward_tile or forward, backward_tile or backward
+    check_operands(operation, q, streams, query_features)
+    plans = tuple(Plan(score, *((left, right) if s.ordered else (None, None)), s.ordered, *cut) for s in streams)
     streams = [s._replace(ordered=None) for s in streams]  # static, and not an array of the pytree
     if reach is not None:
         check_shape(operation, "reach", reach, "(B, H)", (q.shape[0], q.shape[2]))
@@ -171,7 +170,8 @@ def check_window(where: str, window: Window) -> tuple[int, int]:
     return min(int(pair[0]), _WIDEST), min(int(pair[1]), _WIDEST)
 
 
-def _check(operation: str, q: Array, streams: Sequence[Stream], query_features: Features) -> None:
+def check_operands(operation: str, q: Array, streams: Sequence[Stream], query_features: Features = ()) -> None:
+    """Raise a `ValueError` where the arguments of `attend` do not fit together."""
     check_shape(operation, "q", q, "(B, L, H, E)", (None,) * 4)
     batch, length, heads, width = q.shape
     for n, s in enumerate(streams):
@@ -186,6 +186,8 @@ def _check(operation: str, q: Array, streams: Sequence[Stream], query_features: 
         check_mask(operation, f"mask{suffix}", s.mask, "(B, M)", (batch, keys))
         for feature in s.features:
             check_shape(operation, "key feature", feature, "(B, M, H)", (batch, keys, heads))
+        for end in s.span or ():
+            check_shape(operation, f"span{suffix}", end, "(B, L, H)", (batch, length, heads))
     for feature in query_features:
         check_shape(operation, "query feature", feature, "(B, L, H)", (batch, length, heads))
     named = [(n, a) for s in streams for n, a in (("k", s.keys), ("v", s.values), ("bias", s.bias))]
@@ -196,7 +198,7 @@ def _check(operation: str, q: Array, streams: Sequence[Stream], query_features: 
 
 def _clean(stream: Stream, heads: int, dtype: Any) -> Stream:
     """Masked keys become zeros, whatever they held, and key heads are repeated for the query heads they serve."""
-    keys, values, mask, features, bias, _ = stream
+    keys, values, mask, features, bias, *_ = stream
     keys, values = keys.astype(dtype), values.astype(dtype)
     if bias is not None and jnp.result_type(bias, accumulation(dtype)) != accumulation(dtype):
         bias = bias.astype(accumulation(dtype))  # a float64 bias on float32 operands
@@ -215,7 +217,12 @@ def _specs(stream: Stream, batch: Any, heads: Any) -> Any:
         bias = P(*(axes if size > 1 else None for axes, size in zip((batch, heads), stream.bias.shape)))
     mask = None if stream.mask is None else P(batch)
     return stream._replace(
-        keys=token, values=token, mask=mask, features=(token,) * len(stream.features), bias=bias
+        keys=token,
+        values=token,
+        mask=mask,
+        features=(token,) * len(stream.features),
+        bias=bias,
+        span=None if stream.span is None else (token, token),
     )
 
 
@@ -246,7 +253,8 @@ def _attend_dense(
             tuple(by_head(f)[:, :, None, :].astype(acc) for f in s.features),
         )
         z = z if s.bias is None else z + s.bias
-        z = plan.mask(z, i, j, None if s.mask is None else s.mask[:, None, None, :])
+        valid = None if s.mask is None else s.mask[:, None, None, :]
+        z = plan.mask(z, i, j, valid, s.span and tuple(by_head(end)[..., None] for end in s.span))
         m = jnp.maximum(lax.stop_gradient(z.max(-1, keepdims=True, initial=LOWEST_MAX)), LOWEST_MAX)
         p = jnp.exp(z - m)
         values = jnp.einsum("bhlm,bmhv->bhlv", p.astype(s.values.dtype), s.values, preferred_element_type=acc)

@@ -102,6 +102,17 @@ def _from_rows(x: Array, heads: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0] // heads, heads, *x.shape[1:]), 1, 2)
 
 
+Span = tuple[Array, Array] | None
+
+# Behind every key.
+_NOWHERE = 2**30
+
+
+def _banded(plan: Plan, stream: Stream) -> bool:
+    """Whether tiles of the stream start anywhere."""
+    return plan.banded or stream.span is not None
+
+
 class _Row(NamedTuple):
     """Which row this is, and how far it reads."""
 
@@ -110,9 +121,9 @@ class _Row(NamedTuple):
     reach: Array | None
 
 
-def _stream(keys: Array, values: Array, mask: Array | None, features: Features) -> Stream:
+def _stream(keys: Array, values: Array, mask: Array | None, features: Features, span: Span = None) -> Stream:
     """A stream of arrays only: biases are read in place, what is static is in the `Plan`."""
-    return Stream(keys, values, mask, features, None, None)  # pyright: ignore[reportArgumentType]
+    return Stream(keys, values, mask, features, None, None, span)  # pyright: ignore[reportArgumentType]
 
 
 def _rows(
@@ -126,6 +137,7 @@ def _rows(
             _to_rows(s.values),
             None if s.mask is None else jnp.repeat(s.mask, heads, axis=0),
             tuple(map(_to_rows, s.features)),
+            jax.tree.map(lambda x: _to_rows(x).astype(int), s.span),  # as other positions
         )
         for s in streams
     ]
@@ -171,7 +183,17 @@ def _pad_keys(s: Stream, length: int) -> Stream:
     mask = s.mask
     if length != keys:
         mask = _pad(jnp.ones(keys, bool) if mask is None else mask, length)
-    return _stream(_pad(s.keys, length), _pad(s.values, length), mask, tuple(_pad(f, length) for f in s.features))
+    features = tuple(_pad(f, length) for f in s.features)
+    return _stream(_pad(s.keys, length), _pad(s.values, length), mask, features, s.span)
+
+
+def _pad_span(span: Span, length: int) -> Span:
+    """Queries of the padding read nothing, and do not widen the span of their tile."""
+    return span and (_pad(span[0], length, _NOWHERE), _pad(span[1], length))
+
+
+def _slice_span(span: Span, start: Array, size: int) -> Span:
+    return span and (_slice(span[0], start, size), _slice(span[1], start, size))
 
 
 def _pad_bias(bias: Array | None, queries: int, keys: int) -> Array | None:
@@ -243,7 +265,8 @@ class _Inner(NamedTuple):
 def _inner(plan: Plan, stream: Stream, bias: Array | None, queries: int) -> _Inner:
     length = stream.keys.shape[0]
     tile = _tile_size(plan.forward_tile[1], length)
-    stream = _pad_keys(stream, _padded(length, tile, plan.banded))
+    stream = _pad_keys(stream, _padded(length, tile, _banded(plan, stream)))
+    stream = stream._replace(span=_pad_span(stream.span, queries))
     return _Inner(plan, length, tile, stream, _pad_bias(bias, queries, stream.keys.shape[0]))
 
 
@@ -253,6 +276,10 @@ def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Ar
     number, width = queries.q.shape[0], inner.stream.values.shape[1]
     plan, length, size, stream, bias = inner
     low, high = plan.keys_of(queries.position[0, 0], queries.position[-1, 0], length, row.reach, size)
+    span = _slice_span(stream.span, queries.start, number)
+    if span is not None:
+        low, high = jnp.maximum(low, span[0].min()), jnp.minimum(high, span[1].max())
+        span = span[0][:, None], span[1][:, None]
 
     def step(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, l, o = carry
@@ -263,7 +290,8 @@ def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Ar
         z = plan.logits(dot, queries.position, j, queries.features, features)
         if bias is not None:
             z += _bias_tile(bias, row, queries.start, j0, z.shape)
-        z = plan.mask(z, queries.position, j, None if stream.mask is None else _slice(stream.mask, j0, size))
+        valid = None if stream.mask is None else _slice(stream.mask, j0, size)
+        z = plan.mask(z, queries.position, j, valid, span)
         top = jnp.maximum(m, z.max(axis=1, keepdims=True))
         p = jnp.exp(z - top)
         shrink = jnp.exp(m - top)
@@ -296,7 +324,7 @@ def _backward_row(
     length = q.shape[0]
     acc = accumulation(q.dtype)
     size = _tile_size(plans[0].backward_tile[0], length)
-    padded = _padded(length, size, any(plan.banded for plan in plans))
+    padded = _padded(length, size, any(map(_banded, plans, streams)))
     queries = _Queries(
         jnp.int32(0),
         offset + jnp.arange(padded),
@@ -332,6 +360,7 @@ def _differentiate_stream(
     acc = accumulation(stream.keys.dtype)
     size = _tile_size(plan.backward_tile[1], keys)
     stream = _pad_keys(stream, _padded(keys, size, False))
+    row_span = _pad_span(stream.span, outer.lse.shape[0])
     bias = _pad_bias(bias, outer.lse.shape[0], stream.keys.shape[0])
 
     def key_tile(d_row: _RowGradients, j0: Array) -> tuple[_RowGradients, Stream]:
@@ -340,6 +369,11 @@ def _differentiate_stream(
         key_features = tuple(_slice(f, j0, size)[:, None].astype(acc) for f in stream.features)
         j = j0 + jnp.arange(size)[:, None]
         low, high = plan.queries_of(j0 - offset, j0 + size - 1 - offset, outer.length, row.reach, outer.tile)
+        if row_span is not None:
+            reads = (row_span[0] < j0 + size) & (j0 < row_span[1])
+            i = jnp.arange(reads.shape[0])
+            low = jnp.maximum(low, jnp.where(reads, i, _NOWHERE).min())
+            high = jnp.minimum(high, jnp.where(reads, i + 1, 0).max())
 
         def query_tile(t: Array, carry: tuple[Stream, _RowGradients]) -> tuple[Stream, _RowGradients]:
             d_keys, d_row = carry
@@ -354,7 +388,8 @@ def _differentiate_stream(
             z, score_vjp = jax.vjp(score, _dot(k, q.T, acc), query_features, key_features)
             if bias is not None:
                 z += _bias_tile(bias, row, i0, j0, (outer.tile, size)).T
-            p = jnp.exp(plan.mask(z, i, j, valid) - take(outer.lse))
+            span = _slice_span(row_span, i0, outer.tile)
+            p = jnp.exp(plan.mask(z, i, j, valid, span) - take(outer.lse))
             d_dot, d_query, d_key = score_vjp(p * (_dot(v, g.T, acc) - take(outer.delta)))
             d_dot = d_dot.astype(q.dtype)
             d_keys = _stream(
@@ -394,7 +429,8 @@ def _bias_cotangent(plan: Plan, offset: Array, n: int, bias: Array, rows: Any) -
         i, j = offset + jnp.arange(row_length)[:, None], jnp.arange(keys)
         start, shape = _bias_start(bias, index, 0, 0), (row_length, keys)
         z = plan.logits(_dot(q, s.keys.T, acc), i, j, tuple(f[:, None] for f in query_features), s.features)
-        p = jnp.exp(plan.mask(z + _bias_tile(bias, index, 0, 0, shape), i, j, s.mask) - lse[:, None])
+        span = s.span and (s.span[0][:, None], s.span[1][:, None])
+        p = jnp.exp(plan.mask(z + _bias_tile(bias, index, 0, 0, shape), i, j, s.mask, span) - lse[:, None])
         dz = p * (_dot(g, s.values.T, acc) - delta[:, None])
         dz += _bias_tile(total, index, 0, 0, shape)
         return lax.dynamic_update_slice(total, dz[None, None], start), None
