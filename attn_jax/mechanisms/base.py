@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -17,25 +18,39 @@ class KeyValueCache(NamedTuple):
     Attributes:
       keys, values: `(B, slots, H, E)`; token `t` lies in slot `t % slots`.
       length: int32, tokens seen so far.
+      features: float32 `(B, slots, ...)` each, what else the mechanism needs of a key, such as its log mass.
     """
 
     keys: Array
     values: Array
     length: Array
+    features: tuple[Array, ...] = ()
 
     @classmethod
-    def empty(cls, batch: int, slots: int, heads: int, width: int, dtype: Dtype) -> "KeyValueCache":
+    def empty(
+        cls,
+        batch: int,
+        slots: int,
+        heads: int,
+        width: int,
+        dtype: Dtype,
+        features: tuple[tuple[int, ...], ...] = (),
+    ) -> "KeyValueCache":
+        """`features`: the shapes of one token's."""
         zeros = jnp.zeros((batch, slots, heads, width), dtype)
-        return cls(zeros, zeros, jnp.int32(0))
+        return cls(zeros, zeros, jnp.int32(0), tuple(jnp.zeros((batch, slots, *shape)) for shape in features))
 
-    def append(self, k: Array, v: Array) -> tuple["KeyValueCache", Array]:
-        """Add one token's `(B, 1, H, E)`; returns the cache and the bool `(B, slots)` mask of filled slots."""
+    def append(self, k: Array, v: Array, *features: Array) -> tuple["KeyValueCache", Array]:
+        """Add one token's `(B, 1, ...)`; returns the cache and the bool `(B, slots)` mask of filled slots."""
         slots = self.keys.shape[1]
         slot = self.length % slots
-        keys = self.keys.at[:, slot].set(k[:, 0].astype(self.keys.dtype))
-        values = self.values.at[:, slot].set(v[:, 0].astype(self.values.dtype))
+
+        def put(kept: Array, new: Array) -> Array:
+            return kept.at[:, slot].set(new[:, 0].astype(kept.dtype))
+
+        keys, values, *others = jax.tree.map(put, (self.keys, self.values, *self.features), (k, v, *features))
         filled = jnp.broadcast_to(jnp.arange(slots) <= self.length, keys.shape[:2])
-        return KeyValueCache(keys, values, self.length + 1), filled
+        return KeyValueCache(keys, values, self.length + 1, tuple(others)), filled
 
 
 class Attention(nnx.Module):
@@ -132,7 +147,7 @@ class Attention(nnx.Module):
         return zero_masked(x, mask), zero_masked(context, context_mask), context_mask
 
     def linear(
-        self, in_dim: int, out_dim: int, axes: tuple[str, str], rngs: nnx.Rngs, **options: Any
+        self, in_dim: int, out_dim: int, axes: tuple[str | None, str | None], rngs: nnx.Rngs, **options: Any
     ) -> nnx.Linear:
         """A projection without bias, Xavier-uniform, its kernel tagged with logical axis names for sharding."""
         return nnx.Linear(
@@ -149,7 +164,7 @@ class Attention(nnx.Module):
 
     def split_heads(self, x: Array) -> Array:
         """`(B, L, D)` to `(B, L, H, E)`."""
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+        return x.reshape(*x.shape[:2], x.shape[-1] // self.head_dim, self.head_dim)
 
     def checked(self, implementation: str | None) -> str | None:
         """`implementation`, after an error if it is one that cannot be honoured."""
@@ -238,9 +253,13 @@ class ProjectedAttention(Attention):
         check_tokens(self.mechanism, "x", x, "(B, 1, D)", (cache.keys.shape[0], 1, self.dim))
         q, k, v = self.project(x, x, cache.length)
         cache, filled = cache.append(k, v)
-        stream = Stream(cache.keys, cache.values, filled)
-        o = attend(q, [stream], scale=self.head_dim**-0.5, implementation="dense").out
+        o = self.recall(q, cache, filled)
         return self.out(o.astype(x.dtype).reshape(x.shape)), cache
+
+    def recall(self, q: Array, cache: KeyValueCache, filled: Array) -> Array:
+        """What the newest token's `q` `(B, 1, H, E)` reads from the `filled` `(B, slots)` slots of the cache."""
+        stream = Stream(cache.keys, cache.values, filled)
+        return attend(q, [stream], scale=self.head_dim**-0.5, implementation="dense").out
 
 
 def check_tokens(where: str, name: str, x: Any, expected: str, sizes: tuple[int | None, ...]) -> None:

@@ -181,7 +181,7 @@ class DualKVAttention(Attention):
         if param_mode == "lowrank":
             rank = max(1, dim // 4)
             return nnx.Sequential(
-                self.linear(dim, rank, ("embed", "rank"), rngs), self.linear(rank, dim, ("rank", "heads"), rngs)
+                self.linear(dim, rank, ("embed", None), rngs), self.linear(rank, dim, (None, "heads"), rngs)
             )
         halved = param_mode == "grouped" or self.merge == "feature"
         return self.linear(dim, dim // 2 if halved else dim, ("embed", "heads"), rngs)
