@@ -9,7 +9,7 @@ from typing import Any
 
 from train import cli
 from train.config import run_file
-from train.reporting import table
+from train.reporting import results
 from train.workdir import read_config, write_json
 
 
@@ -35,10 +35,9 @@ def main(argv: list[str]) -> None:
 
 def report(result: dict[str, Any]) -> str:
     """The metrics of `evaluation.evaluate_best` and the baselines as a table."""
-    rows = {result["mechanism"]: result["metrics"]}
-    rows |= {name: {result["primary"]: value} for name, value in result["baselines"].items()}
     run = f"{result['name']}, preset {result['preset']}, seed {result['seed']}"
-    return f"{run}, step {result['step']}, {result['parameters']:,} parameters\n{table(rows)}"
+    measured = results(result["mechanism"], result["metrics"], result["primary"], result["baselines"])
+    return f"{run}, step {result['step']}, {result['parameters']:,} parameters\n{measured}"
 
 
 if __name__ == "__main__":

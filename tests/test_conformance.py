@@ -26,7 +26,15 @@ ROUNDING = 2e-5
 BFLOAT16 = 0.06
 
 # Options that make a mechanism's blocks shorter than the test sequences.
-SMALL: dict[str, dict[str, Any]] = {"local": {"window": 3}, "performer": {"num_features": 24, "chunk": 4}}
+SMALL: dict[str, dict[str, Any]] = {
+    "hyper": {"block_size": 4, "num_samples": 3, "min_length": 7},
+    "local": {"window": 3},
+    "local_global": {"window": 3, "num_globals": 2},
+    "performer": {"num_features": 24, "chunk": 4},
+    "strided": {"stride": 3},
+    # Of two mechanisms with the same two decoders, each has one.
+    "gravitational_multi_timescale": {"decoder": "laplace", "num_lags": 5},
+}
 
 # Options that cut the computation and must not change the result, with odd values for them.
 COMPUTATIONAL = {"chunk": (1, 3, 5, 64), "block_length": (1, 3, 5, 64)}
@@ -293,7 +301,10 @@ def test_decoding_equals_the_parallel_form(name):
 
 @every_case
 def test_attention_weights(name, causal):
-    """`(B, H, L, M)`, non-negative, rows of sum 1 over real keys (0 for masked queries), causal where asked."""
+    """`(B, H, L, M)`, non-negative, rows of sum 1 over real keys (0 for masked queries), causal where asked.
+
+    Where a mechanism has a sink, which is no token, the rows lack what its `sink_share` says.
+    """
     mechanism = attn_jax.MECHANISMS[name]
     compiled = shared(name, causal)
     x, mask = normal(21, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 0)
@@ -304,8 +315,12 @@ def test_attention_weights(name, causal):
     chex.assert_shape(weights, (3, HEADS, LENGTH, LENGTH))
     weights = np.asarray(weights)
     assert (weights >= 0).all() and not weights[~np.broadcast_to(mask[:, None, None], weights.shape)].any()
-    rows = np.broadcast_to(mask[:, None], (3, HEADS, LENGTH))
-    assert_close(weights.sum(-1), rows.astype(np.float32))
+    rows = np.broadcast_to(mask[:, None], (3, HEADS, LENGTH)).astype(np.float32)
+    if hasattr(compiled.module, "sink_share"):
+        taken = np.asarray(jax.jit(lambda x: compiled.module.sink_share(x, mask=mask))(x))
+        assert (taken >= 0).all() and not taken[rows == 0].any()
+        rows = rows - taken
+    assert_close(weights.sum(-1), rows)
     assert not causal or not np.triu(weights, 1).any()
 
 

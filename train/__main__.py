@@ -18,7 +18,7 @@ from pathlib import Path
 from train import cli
 from train import config as configs
 from train.config import Config
-from train.reporting import table
+from train.reporting import results
 from train.workdir import open_workdir, read_json
 
 
@@ -67,10 +67,8 @@ def headline(config: Config) -> str:
 
 def summary(result: dict) -> str:
     """The test metrics of a run beside the baselines, and what it cost."""
-    rows = {result["mechanism"]: result["test"]}
-    rows |= {name: {result["primary"]: value} for name, value in result["baselines"].items()}
     return (
-        f"{table(rows)}\n"
+        f"{results(result['mechanism'], result['test'], result['primary'], result['baselines'])}\n"
         f"best of {result['steps']} steps: {result['best_step']};"
         f" {result['parameters']:,} parameters; {result['seconds_per_step']:.3g} s per step;"
         f" {result['peak_memory_bytes'] / 2**30:.2f} GiB at the peak"

@@ -80,6 +80,14 @@ def _summary_writer() -> type:
     return SummaryWriter
 
 
+def results(mechanism: str, metrics: Mapping[str, float], primary: str, baselines: Mapping[str, float]) -> str:
+    """Metrics as a table beside the baselines' `primary` one; under it the diagnostics of single layers."""
+    rows = {mechanism: {name: value for name, value in metrics.items() if "/" not in name}}
+    rows |= {name: {primary: value} for name, value in baselines.items()}
+    diagnostics = [f"{name} {value:.4g}" for name, value in metrics.items() if "/" in name]
+    return "\n".join([table(rows), *diagnostics])
+
+
 def duration(seconds: float) -> str:
     """`75` as `1:15`, `3675` as `1:01:15`."""
     minutes, seconds = divmod(math.ceil(seconds), 60)
