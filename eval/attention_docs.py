@@ -41,15 +41,14 @@ ADVICE = {
 def main(argv: list[str]) -> None:
     """Writes docs/attention.md anew as the command line `argv` says."""
     parser = cli.Parser(prog="python -m eval.attention_docs", description=__doc__)
-    parser.add_argument(
-        "--benchmark", type=Path, metavar="FILE", help="benchmark.json of python -m eval.benchmark"
-    )
+    help = "of python -m eval.benchmark; where there are several, later ones replace mechanisms of earlier ones"
+    parser.add_argument("--benchmark", type=Path, nargs="+", metavar="FILE", help=help)
     parser.add_argument("--out", type=Path, default=DOCUMENT, metavar="FILE", help="default: docs/attention.md")
     args = parser.parse_args(argv)
     sections = {"support": support_matrix(), "mechanisms": descriptions()}
     with cli.user_errors(OSError, ValueError, KeyError):
         if args.benchmark:
-            sections["measured"] = measured(json.loads(args.benchmark.read_text()))
+            sections["measured"] = measured(_combined([json.loads(path.read_text()) for path in args.benchmark]))
         text = DOCUMENT.read_text()
         for name, content in sections.items():
             text = _with_section(text, name, content)
@@ -91,6 +90,14 @@ def descriptions() -> str:
         options = ", ".join(f"`{option}={default!r}`" for option, default in mechanism.options().items())
         parts.append(f"### {name}\n\n{documentation.strip()}\n\nOptions: {options or 'none'}.")
     return "\n\n".join(parts)
+
+
+def _combined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    first, *others = results
+    for other in others:
+        first["growth"] = [r for r in first["growth"] if r["mechanism"] not in other["checks"]] + other["growth"]
+        first["checks"] |= other["checks"]
+    return first
 
 
 def measured(result: dict[str, Any]) -> str:

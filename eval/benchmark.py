@@ -38,6 +38,7 @@ from eval.measure import (
     median,
     number,
     replace,
+    root_mean_square,
     temporary_bytes,
 )
 from train import cli
@@ -220,7 +221,8 @@ def check(name: str, args: argparse.Namespace) -> float | None:
     ours = jax.jit(_passes(graph)[PASSES[-1]])(*state, *tokens)
     with jax.enable_x64(True):
         exact = jax.jit(_passes(nnx.graphdef(dense), call)[PASSES[-1]])
-        return difference(ours, exact(*jax.tree.map(_to_float64, (*state, *tokens))))
+        # Not the largest one: a ReLU that rounding switches moves gradients of single tokens by whole units.
+        return difference(ours, exact(*jax.tree.map(_to_float64, (*state, *tokens))), root_mean_square)
 
 
 def _to_float64(x: Array) -> Array:

@@ -57,7 +57,7 @@ def _growth(result: Result) -> str:
         rows.append(row | {"check": checked["status"] + ("" if error is None else f", {error:.0e}")})
     return (
         "Growth: p in value ~ length^p over all lengths (between the two longest). Check: difference of values\n"
-        f"and gradients from the dense version in float64, relative to the largest element.\n\n{table(rows)}"
+        f"and gradients from the dense version in float64, root mean squares, of the worst array.\n\n{table(rows)}"
     )
 
 

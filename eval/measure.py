@@ -41,17 +41,25 @@ def median(samples: Iterable[Time]) -> Time:
     return Time(*map(statistics.median, zip(*samples)))
 
 
-def difference(ours: Any, reference: Any) -> float:
-    """The largest difference between two trees of arrays, each array's relative to its largest element.
+def largest(x: np.ndarray) -> float:
+    return float(np.max(np.abs(x)))
 
-    An array whose elements are all below a thousandth of the largest of the tree is compared with that: what is
-    zero but for rounding has no relative error. NaN where anything is NaN.
+
+def root_mean_square(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def difference(ours: Any, reference: Any, size: Callable[[np.ndarray], float] = largest) -> float:
+    """How far two trees of arrays differ: the worst array's `size` of the difference relative to its own.
+
+    An array whose size is below a thousandth of the largest of the tree is compared with that: what is zero but
+    for rounding has no relative error. NaN where anything is NaN.
     """
     pairs = [np.asarray(x, np.float64) for tree in (ours, reference) for x in jax.tree.leaves(tree)]
     ours, reference = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
-    sizes = [float(np.max(np.abs(b))) for b in reference]
+    sizes = [size(b) for b in reference]
     floor = max(max(sizes) / 1000, np.finfo(np.float64).tiny)
-    return float(np.max([np.max(np.abs(a - b)) / max(size, floor) for a, b, size in zip(ours, reference, sizes)]))
+    return float(np.max([size(a - b) / max(s, floor) for a, b, s in zip(ours, reference, sizes)]))
 
 
 def finite(value: float) -> float | None:

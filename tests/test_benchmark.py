@@ -11,7 +11,7 @@ import pytest
 
 from attn_jax.mechanisms import performer, standard
 from eval import benchmark, peers
-from eval.measure import difference, exponent, number, table
+from eval.measure import difference, exponent, number, root_mean_square, table
 from train import cli
 
 SMALL = ["--dim", "16", "--heads", "2", "--repeats", "1"]
@@ -112,6 +112,8 @@ def test_difference_is_relative_to_each_array_but_not_to_rounding():
     assert difference((big, 1.5 * small), (big, small)) == pytest.approx(0.5)
     assert difference((big, small * 1e-9), (big, small * 0)) < 1e-7
     assert np.isnan(difference((big, small * np.nan), (big, small)))
+    one_of_two = small + np.array([0.3, 0])
+    assert difference((big, one_of_two), (big, small), root_mean_square) == pytest.approx(0.3 / np.sqrt(2))
 
 
 @pytest.mark.parametrize(
