@@ -131,7 +131,7 @@ def _score(dot: Array, distance: Array, query: Features, key: Features) -> Array
     causal=True,
     decode=True,
     weights=True,
-    time="L reach, at most L^2, for each of T",
+    time="T L reach",
     memory="T L",
     implementations=("dense", "xla"),
 )

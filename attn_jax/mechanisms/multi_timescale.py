@@ -108,7 +108,7 @@ def _multiply(dot: Array, distance: Array, query: Features, key: Features) -> Ar
     causal=True,
     decode=True,
     weights=True,
-    time="L reach, at most L^2, for each of T",
+    time="T L reach",
     memory="T L",
     implementations=("dense", "xla"),
 )
