@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attn_jax
+from train.config import COMMON
 
 DIM, HEADS, LENGTH = 16, 2, 13
 
@@ -361,6 +362,26 @@ def test_unsupported_arguments_raise(name, causal):
         with pytest.raises(ValueError, match=words) as error:
             call()
         assert name in str(error.value)
+
+
+VARIANTS = {
+    "dual_kv": [{"param_mode": "lowrank"}, {"param_mode": "grouped"}, {"merge": "feature"}],
+    "maw": [{"projections": "full"}],
+    "multi_timescale": [{"decoder": "laplace"}],
+    "gravitational_multi_timescale": [{"decoder": "laplace"}],
+}
+
+
+@every_mechanism
+def test_parameters_can_be_laid_out_on_a_mesh(name):
+    """The trainer has a rule for every logical axis, and no two axes of a parameter are split over one mesh axis."""
+    rules = dict(COMMON["sharding_rules"])
+    for options in [{}, *VARIANTS.get(name, [])]:
+        for path, parameter in nnx.to_flat_state(nnx.state(build(name, False, **options), nnx.Param)):
+            axes = [axis for axis in parameter.get_metadata().get("out_sharding") or () if axis is not None]
+            assert set(axes) <= set(rules), f"{name}: {path} has an axis without a rule, {axes}"
+            mesh_axes = [rules[axis] for axis in axes if rules[axis] is not None]
+            assert len(set(mesh_axes)) == len(mesh_axes), f"{name}: {path} is split twice over one of {mesh_axes}"
 
 
 @every_mechanism

@@ -191,7 +191,7 @@ class MLPDecoder(nnx.Module):
     def __init__(self, dim: int, timescales: int, *, dtype: Dtype | None, param_dtype: Dtype, rngs: nnx.Rngs):
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         xavier = nnx.initializers.xavier_uniform()
-        into, outof = logical_axes("heads", "mlp"), logical_axes("mlp", "embed")
+        into, outof = logical_axes("embed", "mlp"), logical_axes("mlp", "embed")
         self.hidden = nnx.Linear(timescales * dim, 2 * dim, kernel_init=xavier, kernel_metadata=into, **types)
         self.norm = nnx.LayerNorm(2 * dim, **types)
         self.out = nnx.Linear(2 * dim, dim, kernel_init=xavier, kernel_metadata=outof, **types)
