@@ -374,7 +374,7 @@ VARIANTS = {
 
 @every_mechanism
 def test_parameters_can_be_laid_out_on_a_mesh(name):
-    """The trainer has a rule for every logical axis, and no two axes of a parameter are split over one mesh axis."""
+    """The trainer has a rule for every logical axis, and none splits a parameter twice over one mesh axis."""
     rules = dict(COMMON["sharding_rules"])
     for options in [{}, *VARIANTS.get(name, [])]:
         for path, parameter in nnx.to_flat_state(nnx.state(build(name, False, **options), nnx.Param)):
