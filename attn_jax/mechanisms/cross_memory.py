@@ -26,6 +26,17 @@ from attn_jax.registry import register
 from attn_jax.types import Array, Dtype
 
 
+def fuse(local: Array, memory: Array, ratio: Array | float) -> Array:
+    """`ratio memory + (1 - ratio) local`: what a token is, fused with what it has read.
+
+    Args:
+      local: `(B, L, D)`, the sequence.
+      memory: `(B, L, D)`, what its tokens have read of a memory.
+      ratio: from 0 (local alone) to 1 (memory alone), broadcastable to `(B, L, D)`.
+    """
+    return ratio * memory + (1 - ratio) * local
+
+
 @register(
     "cross_memory",
     causal=True,
@@ -112,20 +123,19 @@ class CrossMemoryAttention(ProjectedAttention):
         )
 
     def attend(self, x: Array, mask: Array | None, context: Array | None, context_mask: Array | None) -> Array:
-        return self.fuse(x, super().attend(x, mask, self._memory(x, context), context_mask))
+        return self._fuse(x, super().attend(x, mask, self._memory(x, context), context_mask))
 
     def weights(
         self, x: Array, mask: Array | None, context: Array | None, context_mask: Array | None
     ) -> Array | None:
         return super().weights(x, mask, self._memory(x, context), context_mask)
 
-    def fuse(self, x: Array, read: Array) -> Array:
-        """`r read + (1 - r) x`, of two `(B, L, D)`."""
+    def _fuse(self, x: Array, read: Array) -> Array:
         x = x.astype(read.dtype)
         if self.residual:
             return x + read
         ratio = self.fusion_ratio if self.gate is None else self.fusion_ratio * nnx.sigmoid(self.gate(x))
-        return ratio * read + (1 - ratio) * x
+        return fuse(x, read, ratio)
 
     def mix(self, q: Array, k: Array, v: Array, mask: Array | None) -> Array:
         return standard_attention(q, k, v, mask=mask, causal=self._in_order, implementation=self.implementation)
@@ -147,7 +157,7 @@ class CrossMemoryAttention(ProjectedAttention):
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the cache that holds it."""
         if self.slots is None:
             read, cache = super().step(x, cache)
-            return self.fuse(x, read), cache
+            return self._fuse(x, read), cache
         self.require_causal("step")
         check_tokens(self.mechanism, "x", x, "(B, 1, D)", (cache.keys.shape[0], 1, self.dim))
         # Tokens read the slots and not each other: nothing has to be kept.
