@@ -39,8 +39,8 @@ class Hardware:
     """What a kernel needs to know of the machine.
 
     Attributes:
-      instruction: which matrix instruction: "mma" (registers, sm_80 and later) or "wgmma" (a warpgroup at a time on
-        operands in shared memory, sm_90 only).
+      instruction: the matrix instruction: "mma" on registers (sm_80 and later), or "wgmma" of four warps on
+        operands in shared memory (sm_90).
       tma: whether tiles are copied by the tensor memory accelerator (sm_90 and later) or else by `cp.async`.
       shared_memory: bytes that a block may use.
       interpret: whether the kernel runs in the interpreter, with race detection, on any machine.
@@ -110,20 +110,29 @@ def launch(
     hardware: Hardware,
     cost: Cost,
 ) -> Any:
-    """Run `body(*operand_refs, *out_refs, *scratch_refs)` once for each point of `grid`.
+    """Run `body(*operands, *out, *scratch)` once for each point of `grid`, with references in the place of arrays.
 
     Args:
-      out: `jax.ShapeDtypeStruct`s of the results, all in global memory.
-      grid: size by axis name; the first axis varies fastest.
+      operands: pytrees of arrays.
+      out: a `jax.ShapeDtypeStruct`, or a tuple of pytrees of them.
+      grid: size by the name of the axis.
     """
+    leaves, tree = jax.tree.flatten(operands)
+    out_leaves, out_tree = jax.tree.flatten(out if isinstance(out, tuple) else (out,))
+
+    def flat_body(*refs: Any) -> None:
+        end = len(leaves) + len(out_leaves)
+        inputs, outputs = refs[: len(leaves)], refs[len(leaves) : end]
+        body(*jax.tree.unflatten(tree, inputs), *jax.tree.unflatten(out_tree, outputs), *refs[end:])
+
     estimate: dict[str, Any] = {}
     if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # JAX 0.12 and later
         estimate["cost_estimate"] = pl.CostEstimate(
             flops=cost.flops, transcendentals=cost.exponentials, bytes_accessed=cost.bytes
         )
     kernel = plgpu.kernel(
-        body,
-        out_type=out,
+        flat_body,
+        out_type=out_leaves,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         scratch_types=scratch,
@@ -134,7 +143,8 @@ def launch(
         **estimate,
     )
     with interpreting() if hardware.interpret else contextlib.nullcontext():
-        return kernel(*operands)
+        results = jax.tree.unflatten(out_tree, kernel(*leaves))
+    return results if isinstance(out, tuple) else results[0]
 
 
 def interpreting() -> Any:

@@ -1,0 +1,710 @@
+"""Streaming softmax attention as three fused kernels: the arguments and results of `attn_jax.engine.tiled`.
+
+    z_ij = score(q_i . k_j, i - j, features of i, features of j)      keys j of all streams under one softmax
+    lse_i = log sum_j exp z_ij                                        o_i = sum_j exp(z_ij - lse_i) v_j
+
+Each block of a kernel owns one tile of one head and walks over the tiles of the other side, one stream after the
+other, so that streams are never concatenated. What it walks over comes through a pipeline into shared memory;
+what it owns and what it sums stays on the chip:
+
+    forward, dq                keys  j                       dkv              queries  i
+                        +-----+-----+-----+                            +-----+-----+-----+
+      queries   owned   | --> walks --->  |           keys     owned   | --> walks --->  |
+        i        tile   +-----+-----+-----+             j       tile   +-----+-----+-----+
+                   sums o (or dq), features             (one stream)     sums dk, dv, features
+
+Which tiles a block walks over, from `first` to `end`, XLA computes beforehand from the band, the reach and the
+spans: what cannot matter is never read. The backward kernels compute the tiles again from `lse` (Dao et al. 2022,
+"FlashAttention", algorithm 4): with `g` the cotangent of `o`, `h` that of `lse` and `delta_i = g_i . o_i - h_i`
+
+    p_ij = exp(z_ij - lse_i)       dz_ij = p_ij (g_i . v_j - delta_i)       ds_ij = dz_ij dscore/ddot
+    dv_j = sum_i p_ij g_i          dk_j = sum_i ds_ij q_i                   dq_i = sum_j ds_ij k_j
+
+and the derivative of the elementwise score is taken by JAX inside the tile.
+
+Heads lie side by side in memory, `(B, L, H E)`, and a block slices its own. What is one number per token and head
+(features, spans, `lse`, `delta`, masks) travels as rows of one float32 array `(B, H, rows, L)` for each side.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Var
+
+from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream
+from attn_jax.types import NEG_INF, Array
+from pallas_kernels.hardware import Cost, Hardware, launch
+from pallas_kernels.instructions import Ref, Tiles, Value, store
+
+_LOG2_E = math.log2(math.e)
+_NOWHERE = 2**24  # behind every key; positions are exact in float32 below it
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Tokens per tile, (owned, walked over), for each kernel, and how many steps of a walk are in flight."""
+
+    forward: tuple[int, int] = (64, 64)
+    dq: tuple[int, int] = (64, 64)
+    dkv: tuple[int, int] = (64, 64)
+    stages: int = 2
+
+    @property
+    def queries(self) -> int:
+        """What the padded number of queries must be a multiple of."""
+        return math.lcm(self.forward[0], self.dq[0], self.dkv[1])
+
+    @property
+    def keys(self) -> int:
+        return math.lcm(self.forward[1], self.dq[1], self.dkv[0])
+
+
+# What travels to the kernels.
+
+
+class _Keys(NamedTuple):
+    """A stream, padded: `k` `(B, M, K E)`, `v` `(B, M, K V)`, and rows of its features and its mask."""
+
+    k: Array
+    v: Array
+    rows: Array | None
+
+
+class _Queries(NamedTuple):
+    """Queries, padded: `q` `(B, L, H E)`, rows of the features, the spans of the streams, and in the backward
+    pass `lse` and `delta`; then also the cotangent `g` `(B, L, H V)`."""
+
+    q: Array
+    rows: Array | None
+    g: Array | None = None
+
+
+class _Layout(NamedTuple):
+    """What is static about a call: plans, sizes, and which row of an array is what."""
+
+    plans: tuple[Plan, ...]
+    hardware: Hardware
+    tiling: Tiling
+    heads: int
+    key_heads: tuple[int, ...]
+    width: int
+    value_width: int
+    query_features: int
+    query_learned: tuple[int, ...]  # the features that have a derivative
+    key_features: tuple[int, ...]
+    key_learned: tuple[tuple[int, ...], ...]
+    masked: tuple[bool, ...]
+    spanned: tuple[bool, ...]
+
+    def span_rows(self, stream: int) -> tuple[int, int] | None:
+        """The rows of the queries that hold a stream's span."""
+        if not self.spanned[stream]:
+            return None
+        first = self.query_features + 2 * sum(self.spanned[:stream])
+        return first, first + 1
+
+    @property
+    def lse_row(self) -> int:
+        return self.query_features + 2 * sum(self.spanned)
+
+
+def _pad(x: Array, length: int, width: int) -> Array:
+    """`(B, L, H, E)` to `(B, length, H width)`."""
+    batch, tokens, heads, e = x.shape
+    x = jnp.pad(x, ((0, 0), (0, length - tokens), (0, 0), (0, width - e)))
+    return x.reshape(batch, length, heads * width)
+
+
+def _rows(vectors: Sequence[tuple[Array, float]], length: int) -> Array | None:
+    """Vectors `(B, L, H or 1)`, each with what fills it up to `length`, as `(B, H or 1, rows, length)`."""
+    if not vectors:
+        return None
+    heads = max(x.shape[2] for x, _ in vectors)
+    padded = []
+    for x, fill in vectors:
+        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, length - x.shape[1]), (0, 0)), constant_values=fill)
+        padded.append(jnp.broadcast_to(x, (*x.shape[:2], heads)).swapaxes(1, 2))
+    return jnp.stack(padded, axis=2)
+
+
+def _up(length: int, tile: int) -> int:
+    return max(1, -(-length // tile)) * tile
+
+
+def _head_width(width: int) -> int:
+    """The next width that the copies and the products take."""
+    return next(w for w in WIDTHS if w >= width)
+
+
+WIDTHS = (32, 64, 128)
+
+
+def _layout(
+    plans: tuple[Plan, ...], hardware: Hardware, q: Array, query_features: Features, streams: list[Stream]
+) -> _Layout:
+    width, value_width = _head_width(q.shape[3]), _head_width(streams[0].values.shape[3])
+    tiling = tiling_for(hardware, q.dtype, max(width, value_width))
+    learned = [_learned(plan, len(query_features), len(s.features)) for plan, s in zip(plans, streams)]
+    return _Layout(
+        plans,
+        hardware,
+        tiling,
+        q.shape[2],
+        tuple(s.keys.shape[2] for s in streams),
+        width,
+        value_width,
+        len(query_features),
+        tuple(sorted({n for query, _ in learned for n in query})),
+        tuple(len(s.features) for s in streams),
+        tuple(key for _, key in learned),
+        tuple(s.mask is not None or s.keys.shape[1] % tiling.keys != 0 for s in streams),
+        tuple(s.span is not None for s in streams),
+    )
+
+
+def _learned(plan: Plan, query: int, key: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which of the features of queries and of keys have a derivative that is not 0 everywhere."""
+
+    def pull(dz: Array, position: Array, features: tuple[Features, Features]) -> tuple[Features, Features]:
+        z, pullback = jax.vjp(lambda f: plan.logits(jnp.ones(()), position, position, *f), features)
+        return pullback(dz.astype(z.dtype))[0]
+
+    features = (jnp.ones(()),) * query, (jnp.ones(()),) * key
+    jaxpr = jax.make_jaxpr(pull)(jnp.ones(()), jnp.int32(0), features).jaxpr
+    reached = {jaxpr.invars[0]}
+    for equation in jaxpr.eqns:
+        if any(isinstance(v, Var) and v in reached for v in equation.invars):
+            reached.update(equation.outvars)
+    depends = [isinstance(v, Var) and v in reached for v in jaxpr.outvars]
+    return tuple(n for n in range(query) if depends[n]), tuple(n for n in range(key) if depends[query + n])
+
+
+def tiling_for(hardware: Hardware, dtype: Any, width: int) -> Tiling:
+    """The tiles for a head width."""
+    return Tiling()
+
+
+def _pad_keys(layout: _Layout, streams: list[Stream]) -> list[_Keys]:
+    padded = []
+    for s, masked in zip(streams, layout.masked):
+        batch, keys = s.keys.shape[:2]
+        length = _up(keys, layout.tiling.keys)
+        vectors = [(f, 0.0) for f in s.features]
+        if masked:
+            mask = jnp.ones((batch, keys), bool) if s.mask is None else s.mask
+            vectors.append((mask[:, :, None], 0.0))
+        k, v = _pad(s.keys, length, layout.width), _pad(s.values, length, layout.value_width)
+        padded.append(_Keys(k, v, _rows(vectors, length)))
+    return padded
+
+
+def _pad_queries(
+    layout: _Layout,
+    q: Array,
+    features: Features,
+    streams: list[Stream],
+    after: Sequence[tuple[Array, float]] = (),
+    g: Array | None = None,
+) -> _Queries:
+    length = _up(q.shape[1], layout.tiling.queries)
+    vectors = [(f, 1.0) for f in features]
+    for s in streams:
+        vectors += [] if s.span is None else [(s.span[0], _NOWHERE), (s.span[1], 0.0)]
+    rows = _rows([*vectors, *after], length)
+    g = None if g is None else _pad(g, length, layout.value_width)
+    return _Queries(_pad(q, length, layout.width), rows, g)
+
+
+# Which tiles a block walks over.
+
+
+def _key_tiles(
+    plan: Plan, stream: Stream, queries: int, tile: tuple[int, int], offset: Array, reach: Array | None
+) -> Array:
+    """For each tile of queries the tiles of keys that it reads, int32 `(B or 1, H or 1, query tiles, 2)`."""
+    size, key_size = tile
+    keys = stream.keys.shape[1]
+    i = offset + jnp.arange(0, queries, size)
+    low, high = plan.keys_of(i, i + size - 1, keys, None if reach is None else reach[:, :, None], key_size)
+    if stream.span is not None:
+        first, end = (_tiled_rows(x, queries, size, fill) for x, fill in zip(stream.span, (_NOWHERE, 0)))
+        low, high = jnp.maximum(low, first.min(-1)), jnp.minimum(high, end.max(-1))
+    return _bounds(low, high, key_size, len(i))
+
+
+def _query_tiles(
+    plan: Plan, stream: Stream, queries: int, tile: tuple[int, int], offset: Array, reach: Array | None
+) -> Array:
+    """For each tile of keys the tiles of queries that read it, int32 `(B or 1, H or 1, key tiles, 2)`."""
+    size, query_size = tile
+    j = jnp.arange(0, _up(stream.keys.shape[1], size), size)
+    reach = None if reach is None else reach[:, :, None]
+    low, high = plan.queries_of(j - offset, j + size - 1 - offset, queries, reach, query_size)
+    if stream.span is not None:
+        padded = _up(queries, query_size)
+        first, end = (_tiled_rows(x, padded, query_size, fill) for x, fill in zip(stream.span, (_NOWHERE, 0)))
+        reads = (first.min(-1)[:, :, None] < j[:, None] + size) & (j[:, None] < end.max(-1)[:, :, None])
+        i = jnp.arange(0, padded, query_size)
+        low = jnp.maximum(low, jnp.where(reads, i, padded).min(-1))
+        high = jnp.minimum(high, jnp.where(reads, i + query_size, 0).max(-1))
+    return _bounds(low, high, query_size, len(j))
+
+
+def _tiled_rows(x: Array, length: int, size: int, fill: int) -> Array:
+    """`(B, L, H)` to `(B, H, tiles, tile)`."""
+    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)), constant_values=fill).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1, size)
+
+
+def _bounds(low: Array | int, high: Array | int, size: int, tiles: int) -> Array:
+    """Tiles of `size` that hold `low..high`, as `(first, end)` with `first <= end`."""
+    first = jnp.asarray(low, jnp.int32) // size
+    end = jnp.maximum(first, -(-jnp.asarray(high, jnp.int32) // size))
+    bounds = jnp.stack(jnp.broadcast_arrays(first, end), axis=-1)
+    bounds = bounds.reshape((1,) * (4 - bounds.ndim) + bounds.shape)
+    return jnp.broadcast_to(bounds, (*bounds.shape[:2], tiles, 2))
+
+
+# Inside a kernel.
+
+
+class _Block(NamedTuple):
+    """Where a block stands: the example, the head, and the first token of the tile that it owns."""
+
+    batch: Array
+    head: Array
+    tile: Array
+
+    @classmethod
+    def here(cls) -> "_Block":
+        return cls(lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile"))
+
+    def shared(self, ref: Ref) -> tuple[Any, Any]:
+        """Batch and head of an array whose batch and heads may be one for all."""
+        return self.batch if ref.shape[0] > 1 else 0, self.head if ref.shape[1] > 1 else 0
+
+    def tokens(self, ref: Ref, size: int, head: Any, width: int) -> Ref:
+        """The owned tile of an array `(B, L, H width)`."""
+        return ref.at[self.batch, pl.ds(self.tile * size, size), pl.ds(head * width, width)]
+
+    def rows(self, ref: Ref | None, size: int, number: int) -> list[Value]:
+        """The first `number` rows of the owned tile."""
+        return [self.row(ref, n, self.tile * size, size) for n in range(number)]
+
+    def row(self, ref: Ref, number: int, start: Any, size: int) -> Value:
+        return plgpu.load(ref.at[(*self.shared(ref), number, pl.ds(start, size))], optimized=False)
+
+    def bounds(self, ref: Ref) -> tuple[Value, Value]:
+        at = (*self.shared(ref), self.tile)
+        return ref[(*at, 0)], ref[(*at, 1)]
+
+
+Values = tuple[Value, ...]
+
+
+class _Pair(NamedTuple):
+    """A tile of queries and a tile of keys: how vectors and positions of either spread over the tile of logits."""
+
+    shape: tuple[int, int]
+    query_axis: int
+
+    def query(self, vector: Value) -> Value:
+        return lax.broadcast_in_dim(vector, self.shape, [self.query_axis])
+
+    def key(self, vector: Value) -> Value:
+        return lax.broadcast_in_dim(vector, self.shape, [1 - self.query_axis])
+
+    def positions(self, i: Value, j: Value) -> tuple[Value, Value]:
+        """Of queries and keys, where those of the first are `i` and `j`."""
+        iota = functools.partial(lax.broadcasted_iota, jnp.int32, self.shape)
+        return iota(self.query_axis) + i, iota(1 - self.query_axis) + j
+
+    def scored(
+        self, layout: _Layout, stream: int, i: Value, j: Value, queries: list[Value], keys: list[Value]
+    ) -> tuple[Callable[..., Value], tuple[Values, Values], Callable[[Value], Value]]:
+        """The score, a function of products and features; the features of either side; and the mask of logits.
+
+        `queries` and `keys` are the rows of either side, `i` and `j` the positions of the first.
+        """
+        plan = layout.plans[stream]
+        i, j = self.positions(i, j)
+
+        def score(dot: Value, query: Values, key: Values) -> Value:
+            return plan.logits(dot, i, j, query, key)
+
+        features = (
+            tuple(map(self.query, queries[: layout.query_features])),
+            tuple(map(self.key, keys[: layout.key_features[stream]])),
+        )
+        valid = self.key(keys[-1]) > 0 if layout.masked[stream] else None
+        span = layout.span_rows(stream)
+        if span is not None:
+            span = tuple(self.query(queries[n]).astype(jnp.int32) for n in span)
+        return score, features, lambda z: plan.mask(z, i, j, valid, span)
+
+
+def _substitute(features: Values, numbers: tuple[int, ...], values: Sequence[Value]) -> Values:
+    """`features` with `values` in the places of those `numbers`."""
+    changed = list(features)
+    for number, value in zip(numbers, values):
+        changed[number] = value
+    return tuple(changed)
+
+
+def _add_rows(totals: list[Value], tiles: Sequence[Value]) -> list[Value]:
+    """Sums of the rows of tiles, added to what came before."""
+    return [total + tile.sum(axis=1) for total, tile in zip(totals, tiles)]
+
+
+def _walk(
+    layout: _Layout,
+    tiles: Tiles,
+    block: _Block,
+    bounds: Ref,
+    size: int,
+    arrays: list[tuple[Ref, Any, int]],
+    rows: Ref | None,
+    step: Callable[[Value, list[Ref], list[Value], Any], Any],
+    carry: Any,
+) -> Any:
+    """`carry = step(start, tiles, rows, carry)` for each tile of the walk, `start` being its first token.
+
+    Args:
+      size: tokens in a tile.
+      arrays: `(ref, head, width)` of what is walked over, each `(B, L, heads width)`.
+      rows: None or `(B or 1, H or 1, rows, L)`.
+    """
+    first, end = block.bounds(bounds)
+    number = 0 if rows is None else rows.shape[2]
+    copied = number > 0 and layout.hardware.tma
+    sources = [ref.at[block.batch] for ref, _, _ in arrays]
+    specs = [plgpu.BlockSpec((size, width), lambda t, head=head: (first + t, head)) for _, head, width in arrays]
+    if copied:
+        sources.append(rows.at[block.shared(rows)])
+        specs.append(plgpu.BlockSpec((number, size), lambda t: (0, first + t)))
+
+    def one(index: tuple[Value], *refs: Any) -> Any:
+        *refs, carry = refs
+        start = (first + index[0]) * size
+        if copied:
+            *refs, slot = refs
+            vectors = [slot[n] for n in range(number)]
+        else:
+            vectors = [block.row(rows, n, start, size) for n in range(number)]
+        carry = step(start, refs, vectors, carry)
+        tiles.release(copied)
+        return carry
+
+    pipeline = plgpu.emit_pipeline(
+        one,
+        grid=(end - first,),
+        in_specs=specs,
+        init_carry=carry,
+        max_concurrent_steps=layout.tiling.stages,
+    )
+    return pipeline(*sources)
+
+
+# The kernels.
+
+
+def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, keys: list[_Keys]) -> Any:
+    """`o` `(B, L, H V)`, `lse` `(B, H, L)` and each stream's own `(B, H, streams, L)`, if there are several."""
+    size, key_size = layout.tiling.forward
+    batch, length, _ = queries.q.shape
+    heads, width, value_width = layout.heads, layout.width, layout.value_width
+    tiles = Tiles(layout.hardware, queries.q.dtype)
+    pair = _Pair((size, key_size), 0)
+    several = len(keys) > 1
+
+    def body(offset: Ref, bounds: list[Ref], queries: _Queries, keys: list[_Keys], *refs: Ref) -> None:
+        (o_ref, lse_ref, stream_lse_ref), (q, barrier, *staging) = refs[:3], refs[3:]
+        block = _Block.here()
+        i = offset[0] + block.tile * size
+        tiles.fetch([block.tokens(queries.q, size, block.head, width)], [q], barrier)
+        rows = block.rows(queries.rows, size, 0 if queries.rows is None else queries.rows.shape[2])
+        top = jnp.full((size,), LOWEST_MAX, jnp.float32)
+        zero = jnp.zeros((size,), jnp.float32)
+        o, total = jnp.zeros((size, value_width), jnp.float32), zero
+        for n, stream in enumerate(keys):
+
+            def step(j: Value, refs: list[Ref], vectors: list[Value], carry: Any, n: int = n) -> Any:
+                k, v = refs
+                o, top, own = carry
+                score, features, mask = pair.scored(layout, n, i, j, rows, vectors)
+                z = mask(score(tiles.nt(q, k), *features))
+                new = jnp.maximum(top, z.max(axis=1))
+                p = jnp.exp2(z * _LOG2_E - pair.query(new * _LOG2_E))
+                shrink = jnp.exp2((top - new) * _LOG2_E)
+                own = own * shrink + p.sum(axis=1)
+                shrink = lax.broadcast_in_dim(shrink, o.shape, [0])
+                return tiles.nn(o * shrink, p, v, *staging), new, own
+
+            head = block.head // (heads // layout.key_heads[n])
+            arrays = [(stream.k, head, width), (stream.v, head, value_width)]
+            before = top
+            o, top, own = _walk(
+                layout, tiles, block, bounds[n], key_size, arrays, stream.rows, step, (o, top, zero)
+            )
+            total = total * jnp.exp2((before - top) * _LOG2_E) + own
+            if several:
+                at = block.batch, block.head, n, pl.ds(block.tile * size, size)
+                store(stream_lse_ref.at[at], _logsumexp(top, own))
+        divisor = jnp.where(total != 0, total, 1)
+        o = o / lax.broadcast_in_dim(divisor, o.shape, [0])
+        store(block.tokens(o_ref, size, block.head, value_width), o.astype(tiles.dtype))
+        store(lse_ref.at[block.batch, block.head, pl.ds(block.tile * size, size)], _logsumexp(top, total))
+
+    out = (
+        jax.ShapeDtypeStruct((batch, length, heads * value_width), tiles.dtype),
+        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, len(keys), length), jnp.float32) if several else None,
+    )
+    scores = batch * heads * length * sum(s.k.shape[1] for s in keys)
+    return launch(
+        body,
+        offset,
+        bounds,
+        queries,
+        keys,
+        name="attention_forward",
+        out=out,
+        grid={"tile": length // size, "head": heads, "batch": batch},
+        scratch=[*tiles.resident((size, width)), *tiles.staging((size, key_size))],
+        hardware=layout.hardware,
+        cost=Cost(2 * scores * (width + value_width), scores, _bytes(queries, keys, out)),
+    )
+
+
+def _logsumexp(top: Value, total: Value) -> Value:
+    return jnp.where(total != 0, top + jnp.log(jnp.where(total != 0, total, 1)), NEG_INF)
+
+
+def _bytes(*trees: Any) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(trees))
+
+
+def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, keys: list[_Keys]) -> Any:
+    """`dq` `(B, L, H E)` and the gradients of learned query features `(B, H, features, L)`, if there are any."""
+    size, key_size = layout.tiling.dq
+    batch, length, _ = queries.q.shape
+    heads, width, value_width = layout.heads, layout.width, layout.value_width
+    tiles = Tiles(layout.hardware, queries.q.dtype)
+    pair = _Pair((size, key_size), 0)
+
+    def body(offset: Ref, bounds: list[Ref], queries: _Queries, keys: list[_Keys], *refs: Ref) -> None:
+        (dq_ref, features_ref), (q, g, barrier, *staging) = refs[:2], refs[2:]
+        block = _Block.here()
+        i = offset[0] + block.tile * size
+        owned = [
+            block.tokens(queries.q, size, block.head, width),
+            block.tokens(queries.g, size, block.head, value_width),
+        ]
+        tiles.fetch(owned, [q, g], barrier)
+        rows = block.rows(queries.rows, size, layout.lse_row + 2)
+        *_, lse, delta = rows
+        zero = jnp.zeros((size,), jnp.float32)
+        carry = jnp.zeros((size, width), jnp.float32), [zero] * len(layout.query_learned)
+        for n, stream in enumerate(keys):
+
+            def step(j: Value, refs: list[Ref], vectors: list[Value], carry: Any, n: int = n) -> Any:
+                k, v = refs
+                dq, d_features = carry
+                score, (query, key), mask = pair.scored(layout, n, i, j, rows, vectors)
+
+                def of_query(dot: Value, learned: list[Value]) -> Value:
+                    return score(dot, _substitute(query, layout.query_learned, learned), key)
+
+                z, pullback = jax.vjp(of_query, tiles.nt(q, k), [query[f] for f in layout.query_learned])
+                p = jnp.exp2((mask(z) - pair.query(lse)) * _LOG2_E)
+                ds, d_query = pullback(p * (tiles.nt(g, v) - pair.query(delta)))
+                return tiles.nn(dq, ds, k, *staging), _add_rows(d_features, d_query)
+
+            head = block.head // (heads // layout.key_heads[n])
+            arrays = [(stream.k, head, width), (stream.v, head, value_width)]
+            carry = _walk(layout, tiles, block, bounds[n], key_size, arrays, stream.rows, step, carry)
+        dq, d_features = carry
+        store(block.tokens(dq_ref, size, block.head, width), dq.astype(tiles.dtype))
+        for n, d in enumerate(d_features):
+            store(features_ref.at[block.batch, block.head, n, pl.ds(block.tile * size, size)], d)
+
+    features = (batch, heads, len(layout.query_learned), length)
+    out = (
+        jax.ShapeDtypeStruct((batch, length, heads * width), tiles.dtype),
+        jax.ShapeDtypeStruct(features, jnp.float32) if layout.query_learned else None,
+    )
+    scores = batch * heads * length * sum(s.k.shape[1] for s in keys)
+    return launch(
+        body,
+        offset,
+        bounds,
+        queries,
+        keys,
+        name="attention_dq",
+        out=out,
+        grid={"tile": length // size, "head": heads, "batch": batch},
+        scratch=[*tiles.resident((size, width), (size, value_width)), *tiles.staging((size, key_size))],
+        hardware=layout.hardware,
+        cost=Cost(2 * scores * (2 * width + value_width), scores, _bytes(queries, keys, out)),
+    )
+
+
+def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Queries, keys: _Keys) -> Any:
+    """For each query head `dk` `(B, M, H E)`, `dv` `(B, M, H V)` and the gradients of the learned key features
+    `(B, H, features, M)`, if there are any. Tiles of logits are (keys, queries) here."""
+    size, query_size = layout.tiling.dkv
+    batch, length, _ = keys.k.shape
+    heads, width, value_width = layout.heads, layout.width, layout.value_width
+    learned = layout.key_learned[stream]
+    tiles = Tiles(layout.hardware, keys.k.dtype)
+    pair = _Pair((size, query_size), 1)
+
+    def body(offset: Ref, bounds: Ref, queries: _Queries, keys: _Keys, *refs: Ref) -> None:
+        (dk_ref, dv_ref, features_ref), (k, v, barrier, *staging) = refs[:3], refs[3:]
+        block = _Block.here()
+        j = block.tile * size
+        head = block.head // (heads // layout.key_heads[stream])
+        owned = [block.tokens(keys.k, size, head, width), block.tokens(keys.v, size, head, value_width)]
+        tiles.fetch(owned, [k, v], barrier)
+        vectors = block.rows(keys.rows, size, layout.key_features[stream] + layout.masked[stream])
+        zero = jnp.zeros((size,), jnp.float32)
+
+        def step(start: Value, refs: list[Ref], rows: list[Value], carry: Any) -> Any:
+            q, g = refs
+            dk, dv, d_features = carry
+            *_, lse, delta = rows
+            score, (query, key), mask = pair.scored(layout, stream, offset[0] + start, j, rows, vectors)
+
+            def of_key(dot: Value, values: list[Value]) -> Value:
+                return score(dot, query, _substitute(key, learned, values))
+
+            z, pullback = jax.vjp(of_key, tiles.nt(k, q), [key[f] for f in learned])
+            p = jnp.exp2((mask(z) - pair.query(lse)) * _LOG2_E)
+            dv = tiles.nn(dv, p, g, *staging[:1])
+            ds, d_key = pullback(p * (tiles.nt(v, g) - pair.query(delta)))
+            return tiles.nn(dk, ds, q, *staging[1:]), dv, _add_rows(d_features, d_key)
+
+        carry = (
+            jnp.zeros((size, width), jnp.float32),
+            jnp.zeros((size, value_width), jnp.float32),
+            [zero] * len(learned),
+        )
+        arrays = [(queries.q, block.head, width), (queries.g, block.head, value_width)]
+        dk, dv, d_features = _walk(layout, tiles, block, bounds, query_size, arrays, queries.rows, step, carry)
+        store(block.tokens(dk_ref, size, block.head, width), dk.astype(tiles.dtype))
+        store(block.tokens(dv_ref, size, block.head, value_width), dv.astype(tiles.dtype))
+        for n, d in enumerate(d_features):
+            store(features_ref.at[block.batch, block.head, n, pl.ds(block.tile * size, size)], d)
+
+    out = (
+        jax.ShapeDtypeStruct((batch, length, heads * width), tiles.dtype),
+        jax.ShapeDtypeStruct((batch, length, heads * value_width), tiles.dtype),
+        jax.ShapeDtypeStruct((batch, heads, len(learned), length), jnp.float32) if learned else None,
+    )
+    scores = batch * heads * length * queries.q.shape[1]
+    return launch(
+        body,
+        offset,
+        bounds,
+        queries,
+        keys,
+        name="attention_dkv",
+        out=out,
+        grid={"tile": length // size, "head": heads, "batch": batch},
+        scratch=[
+            *tiles.resident((size, width), (size, value_width)),
+            *tiles.staging((size, query_size), (size, query_size)),
+        ],
+        hardware=layout.hardware,
+        cost=Cost(4 * scores * (width + value_width), scores, _bytes(queries, keys, out)),
+    )
+
+
+# The two functions of `attn_jax.engine.tiled` that these kernels stand in for.
+
+
+def forward(
+    plans: tuple[Plan, ...],
+    hardware: Hardware,
+    offset: Array,
+    reach: Array | None,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
+) -> tuple[Array, Array, Array]:
+    """`(out, lse, stream_lse)`."""
+    layout = _layout(plans, hardware, q, query_features, streams)
+    queries = _pad_queries(layout, q, query_features, streams)
+    keys = _pad_keys(layout, streams)
+    length, tile = queries.q.shape[1], layout.tiling.forward
+    bounds = [_key_tiles(plan, s, length, tile, offset, reach) for plan, s in zip(plans, streams)]
+    o, lse, stream_lse = _forward(layout, offset[None], bounds, queries, keys)
+    out = _unpad(o, q.shape[1], layout.heads, streams[0].values.shape[3])
+    stream_lse = lse[:, :, None] if stream_lse is None else stream_lse
+    return (
+        out,
+        lse[:, :, : q.shape[1]].swapaxes(1, 2),
+        stream_lse[..., : q.shape[1]].transpose(2, 0, 3, 1),
+    )
+
+
+def _unpad(x: Array, length: int, heads: int, width: int) -> Array:
+    """`(B, padded, H padded)` to `(B, L, H, width)`."""
+    return x.reshape(*x.shape[:2], heads, -1)[:, :length, :, :width]
+
+
+def _unpad_rows(x: Array | None, learned: tuple[int, ...], features: Features) -> Features:
+    """The gradients of all features: rows of `(B, H, learned, padded)`, and 0 for those without a derivative."""
+    values = () if x is None else x.transpose(2, 0, 3, 1)
+    zeros = tuple(jnp.zeros(f.shape, jnp.float32) for f in features)
+    return _substitute(zeros, learned, [v[:, : f.shape[1]] for v, f in zip(values, features)])
+
+
+def backward(
+    plans: tuple[Plan, ...],
+    hardware: Hardware,
+    offset: Array,
+    reach: Array | None,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
+    lse: Array,
+    delta: Array,
+    g: Array,
+) -> tuple[Array, Features, list[Stream]]:
+    """Gradients of queries, of query features and of streams, whose keys and values have one head per query head.
+
+    `lse` and `delta` are `(B, L, H)`; where nothing is read, `lse` must be so large that `exp(-lse)` is 0.
+    """
+    layout = _layout(plans, hardware, q, query_features, streams)
+    queries = _pad_queries(layout, q, query_features, streams, [(lse, -NEG_INF), (delta, 0.0)], g)
+    keys = _pad_keys(layout, streams)
+    length = queries.q.shape[1]
+    key_tiles = [_key_tiles(plan, s, length, layout.tiling.dq, offset, reach) for plan, s in zip(plans, streams)]
+    dq, d_query = _dq(layout, offset[None], key_tiles, queries, keys)
+    d_query = _unpad_rows(d_query, layout.query_learned, query_features)
+    d_streams = []
+    for n, (plan, s) in enumerate(zip(plans, streams)):
+        query_tiles = _query_tiles(plan, s, length, layout.tiling.dkv, offset, reach)
+        dk, dv, d_key = _dkv(layout, n, offset[None], query_tiles, queries, keys[n])
+        tokens = s.keys.shape[1]
+        d_streams.append(
+            s._replace(
+                keys=_unpad(dk, tokens, layout.heads, s.keys.shape[3]),
+                values=_unpad(dv, tokens, layout.heads, s.values.shape[3]),
+                mask=None,
+                features=_unpad_rows(d_key, layout.key_learned[n], s.features),
+                bias=None,
+                span=None,
+            )
+        )
+    dq = _unpad(dq, q.shape[1], layout.heads, q.shape[3])
+    return dq, d_query, d_streams
