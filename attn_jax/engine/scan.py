@@ -74,7 +74,7 @@ def selective_scan(
       NotImplementedError: an implementation that does not exist for this operation.
     """
     name = "selective_scan"
-    implementation = dispatch.resolve(name, implementation)
+    choice = dispatch.choose(name, implementation)
     check_shape(name, "u", u, "(B, L, E)", (None, None, None))
     check_shape(name, "a", a, "(E, N)", (u.shape[2], None))
     (batch, length, channels), states = u.shape, a.shape[1]
@@ -104,7 +104,7 @@ def selective_scan(
     start = jnp.zeros((batch, channels, states), dtype) if initial_state is None else initial_state
     inputs = [jnp.asarray(x, dtype) for x in (u, delta, a.T, b, c, d, start.swapaxes(1, 2))]
 
-    compute = _scan_dense if implementation == "dense" else functools.partial(_scan, chunk)
+    compute = _scan_dense if choice.dense else functools.partial(_scan, chunk)
     rows, columns = dispatch.mesh_axes("batch", batch), dispatch.mesh_axes("mlp", channels)
     if rows or columns:
         token, shared, state = P(rows, None, columns), P(rows), P(rows, None, columns)
