@@ -289,7 +289,11 @@ def _forward(plans: tuple[Plan, ...], choice: dispatch.Choice, *arrays: Any) -> 
 
         return attention.forward(plans, hardware, *arrays)
 
-    out, lse, stream_lse = choice.run(fused, functools.partial(tiled.forward, plans), *arrays)
+    def portable(*arrays: Any) -> Any:
+        out, *rest = tiled.forward(plans, *arrays)
+        return out.astype(arrays[2].dtype), *rest
+
+    out, lse, stream_lse = choice.run(fused, portable, *arrays)
     return (out, lse, stream_lse), (arrays, out, lse)
 
 
@@ -298,7 +302,7 @@ def _backward(plans: tuple[Plan, ...], choice: dispatch.Choice, residuals: Any, 
     g, g_lse, _ = cotangents
     # Where nothing was read, exp(z - lse) must vanish and not be exp(NEG_INF - NEG_INF) = 1.
     safe_lse = jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)
-    delta = jnp.sum(g * out, axis=-1) - g_lse
+    delta = jnp.sum(g * out, axis=-1, dtype=g_lse.dtype) - g_lse
 
     def like_primals(gradients: Any) -> Any:
         dq, d_query, d_streams = gradients
