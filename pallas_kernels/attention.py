@@ -46,6 +46,7 @@ from pallas_kernels.instructions import Ref, Tiles, Value, store
 from pallas_kernels.launch import Cost, launch
 
 _LOG2_E = math.log2(math.e)
+_NOTHING = -NEG_INF / 2  # the backward pass gets a larger `lse` for queries that read nothing
 _NOWHERE = 2**24  # behind every key; positions are exact in float32 below it
 
 
@@ -80,12 +81,20 @@ class _Keys(NamedTuple):
 
 
 class _Queries(NamedTuple):
-    """Queries, padded: `q` `(B, L, H E)`, rows of the features, the spans of the streams, and in the backward
-    pass `lse` and `delta`; then also the cotangent `g` `(B, L, H V)`."""
+    """Queries, padded.
+
+    Attributes:
+      q: `(B, L, H E)`.
+      rows: of features and of the spans of the streams, `(B, H, rows, L)`; then, in the forward pass, whether the
+        query is finite, in the backward pass `lse` and `delta`.
+      g: the cotangent of the output, `(B, L, H V)`, in the backward pass.
+      dirty: int32 `(B, H, tiles)`, in the backward pass: whether a query of the tile is not finite.
+    """
 
     q: Array
-    rows: Array | None
+    rows: Array
     g: Array | None = None
+    dirty: Array | None = None
 
 
 class _Layout(NamedTuple):
@@ -94,6 +103,7 @@ class _Layout(NamedTuple):
     plans: tuple[Plan, ...]
     hardware: Hardware
     tiling: Tiling
+    scale: float
     heads: int
     key_heads: tuple[int, ...]
     width: int
@@ -113,7 +123,13 @@ class _Layout(NamedTuple):
         return first, first + 1
 
     @property
-    def lse_row(self) -> int:
+    def unit(self) -> float:
+        """What logits are counted in: without a score the scale enters the exponential for nothing."""
+        return self.scale if self.scale > 0 and self.plans[0].score is None else 1.0
+
+    @property
+    def query_rows(self) -> int:
+        """How many rows of features and spans the queries have; what follows differs between the kernels."""
         return self.query_features + 2 * sum(self.spanned)
 
 
@@ -149,7 +165,12 @@ WIDTHS = (32, 64, 128)
 
 
 def _layout(
-    plans: tuple[Plan, ...], hardware: Hardware, q: Array, query_features: Features, streams: list[Stream]
+    plans: tuple[Plan, ...],
+    hardware: Hardware,
+    scale: float,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
 ) -> _Layout:
     width, value_width = _head_width(q.shape[3]), _head_width(streams[0].values.shape[3])
     tiling = tiling_for(hardware)
@@ -158,6 +179,7 @@ def _layout(
         plans,
         hardware,
         tiling,
+        scale,
         q.shape[2],
         tuple(s.keys.shape[2] for s in streams),
         width,
@@ -222,20 +244,15 @@ def _pad_keys(layout: _Layout, streams: list[Stream]) -> list[_Keys]:
 
 
 def _pad_queries(
-    layout: _Layout,
-    q: Array,
-    features: Features,
-    streams: list[Stream],
-    after: Sequence[tuple[Array, float]] = (),
-    g: Array | None = None,
+    layout: _Layout, q: Array, features: Features, streams: list[Stream], after: Sequence[tuple[Array, float]]
 ) -> _Queries:
     length = _up(q.shape[1], layout.tiling.queries)
     vectors = [(f, 1.0) for f in features]
     for s in streams:
         vectors += [] if s.span is None else [(s.span[0], _NOWHERE), (s.span[1], 0.0)]
     rows = _rows([*vectors, *after], length)
-    g = None if g is None else _pad(g, length, layout.value_width)
-    return _Queries(_pad(q, length, layout.width), rows, g)
+    assert rows is not None
+    return _Queries(_pad(q, length, layout.width), rows)
 
 
 # Which tiles a block walks over.
@@ -449,13 +466,14 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
     tiles = Tiles(layout.hardware, queries.q.dtype)
     pair = _Pair((size, key_size), 0)
     several = len(keys) > 1
+    log2 = layout.unit * _LOG2_E
 
     def body(offset: Ref, bounds: list[Ref], queries: _Queries, keys: list[_Keys], *refs: Ref) -> None:
         (o_ref, lse_ref, stream_lse_ref), (q, barrier, *staging) = refs[:3], refs[3:]
         block = _Block.here()
         i = offset[0] + block.tile * size
         tiles.fetch([block.tokens(queries.q, size, block.head, width)], [q], barrier)
-        rows = block.rows(queries.rows, size, 0 if queries.rows is None else queries.rows.shape[2])
+        rows = block.rows(queries.rows, size, layout.query_rows)
         top = jnp.full((size,), LOWEST_MAX, jnp.float32)
         zero = jnp.zeros((size,), jnp.float32)
         o, total = jnp.zeros((size, value_width), jnp.float32), zero
@@ -465,10 +483,10 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
                 k, v = refs
                 o, top, own = carry
                 score, features, mask = pair.scored(layout, n, i, j, rows, vectors)
-                z = mask(score(tiles.nt(q, k), *features))
+                z = mask(score(_scaled(layout, tiles.nt(q, k)), *features))
                 new = jnp.maximum(top, z.max(axis=1))
-                p = jnp.exp2(z * _LOG2_E - pair.query(new * _LOG2_E))
-                shrink = jnp.exp2((top - new) * _LOG2_E)
+                p = jnp.exp2(z * log2 - pair.query(new * log2))
+                shrink = jnp.exp2((top - new) * log2)
                 own = own * shrink + p.sum(axis=1)
                 shrink = lax.broadcast_in_dim(shrink, o.shape, [0])
                 return tiles.nn(o * shrink, p, v, *staging), new, own
@@ -479,14 +497,19 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
             o, top, own = _walk(
                 layout, tiles, block, bounds[n], key_size, arrays, stream.rows, step, (o, top, zero)
             )
-            total = total * jnp.exp2((before - top) * _LOG2_E) + own
+            total = total * jnp.exp2((before - top) * log2) + own
             if several:
                 at = block.batch, block.head, n, pl.ds(block.tile * size, size)
-                store(stream_lse_ref.at[at], _logsumexp(top, own))
+                store(stream_lse_ref.at[at], _logsumexp(top * layout.unit, own))
         divisor = jnp.where(total != 0, total, 1)
         o = o / lax.broadcast_in_dim(divisor, o.shape, [0])
+        finite = block.row(queries.rows, layout.query_rows, block.tile * size, size)
+        o = jnp.where(lax.broadcast_in_dim(finite, o.shape, [0]) > 0, o, jnp.nan)
         store(block.tokens(o_ref, size, block.head, value_width), o.astype(tiles.dtype))
-        store(lse_ref.at[block.batch, block.head, pl.ds(block.tile * size, size)], _logsumexp(top, total))
+        store(
+            lse_ref.at[block.batch, block.head, pl.ds(block.tile * size, size)],
+            _logsumexp(top * layout.unit, total),
+        )
 
     out = (
         jax.ShapeDtypeStruct((batch, length, heads * value_width), tiles.dtype),
@@ -507,6 +530,16 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
         hardware=layout.hardware,
         cost=Cost(2 * scores * (width + value_width), scores, _bytes(queries, keys, out)),
     )
+
+
+def _scaled(layout: _Layout, dot: Value) -> Value:
+    """Products as the score gets them."""
+    return dot if layout.scale == layout.unit else dot * layout.scale
+
+
+def _weights(layout: _Layout, z: Value, lse: Value) -> Value:
+    """`exp(z - lse)` of tiles in the backward pass."""
+    return jnp.exp2(z * (layout.unit * _LOG2_E) - lse * _LOG2_E)
 
 
 def _logsumexp(top: Value, total: Value) -> Value:
@@ -534,7 +567,7 @@ def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, 
             block.tokens(queries.g, size, block.head, value_width),
         ]
         tiles.fetch(owned, [q, g], barrier)
-        rows = block.rows(queries.rows, size, layout.lse_row + 2)
+        rows = block.rows(queries.rows, size, layout.query_rows + 2)
         *_, lse, delta = rows
         zero = jnp.zeros((size,), jnp.float32)
         carry = jnp.zeros((size, width), jnp.float32), [zero] * len(layout.query_learned)
@@ -548,8 +581,9 @@ def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, 
                 def of_query(dot: Value, learned: list[Value]) -> Value:
                     return score(dot, _substitute(query, layout.query_learned, learned), key)
 
-                z, pullback = jax.vjp(of_query, tiles.nt(q, k), [query[f] for f in layout.query_learned])
-                p = jnp.exp2((mask(z) - pair.query(lse)) * _LOG2_E)
+                dot = _scaled(layout, tiles.nt(q, k))
+                z, pullback = jax.vjp(of_query, dot, [query[f] for f in layout.query_learned])
+                p = _weights(layout, mask(z), pair.query(lse))
                 ds, d_query = pullback(p * (tiles.nt(g, v) - pair.query(delta)))
                 return tiles.nn(dq, ds, k, *staging), _add_rows(d_features, d_query)
 
@@ -557,6 +591,7 @@ def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, 
             arrays = [(stream.k, head, width), (stream.v, head, value_width)]
             carry = _walk(layout, tiles, block, bounds[n], key_size, arrays, stream.rows, step, carry)
         dq, d_features = carry
+        dq = jnp.where(lax.broadcast_in_dim(lse, dq.shape, [0]) < _NOTHING, dq * layout.scale, 0)
         store(block.tokens(dq_ref, size, block.head, width), dq.astype(tiles.dtype))
         for n, d in enumerate(d_features):
             store(features_ref.at[block.batch, block.head, n, pl.ds(block.tile * size, size)], d)
@@ -606,13 +641,22 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
             q, g = refs
             dk, dv, d_features = carry
             *_, lse, delta = rows
+
+            @pl.when(queries.dirty[block.batch, block.head, lax.div(start, query_size)] > 0)
+            def _() -> None:
+                clean = block.row(queries.rows, layout.query_rows, start, query_size) < _NOTHING
+                for ref in refs:
+                    ref[...] = jnp.where(lax.broadcast_in_dim(clean, ref.shape, [0]), ref[...], 0)
+                plgpu.commit_smem()
+
             score, (query, key), mask = pair.scored(layout, stream, offset[0] + start, j, rows, vectors)
 
             def of_key(dot: Value, values: list[Value]) -> Value:
                 return score(dot, query, _substitute(key, learned, values))
 
-            z, pullback = jax.vjp(of_key, tiles.nt(k, q), [key[f] for f in learned])
-            p = jnp.exp2((mask(z) - pair.query(lse)) * _LOG2_E)
+            dot = _scaled(layout, tiles.nt(k, q))
+            z, pullback = jax.vjp(of_key, dot, [key[f] for f in learned])
+            p = _weights(layout, mask(z), pair.query(lse))
             dv = tiles.nn(dv, p, g, *staging[:1])
             ds, d_key = pullback(p * (tiles.nt(v, g) - pair.query(delta)))
             return tiles.nn(dk, ds, q, *staging[1:]), dv, _add_rows(d_features, d_key)
@@ -624,7 +668,7 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
         )
         arrays = [(queries.q, block.head, width), (queries.g, block.head, value_width)]
         dk, dv, d_features = _walk(layout, tiles, block, bounds, query_size, arrays, queries.rows, step, carry)
-        store(block.tokens(dk_ref, size, block.head, width), dk.astype(tiles.dtype))
+        store(block.tokens(dk_ref, size, block.head, width), (dk * layout.scale).astype(tiles.dtype))
         store(block.tokens(dv_ref, size, block.head, value_width), dv.astype(tiles.dtype))
         for n, d in enumerate(d_features):
             store(features_ref.at[block.batch, block.head, n, pl.ds(block.tile * size, size)], d)
@@ -683,15 +727,20 @@ def unsupported(hardware: Hardware, q: Array, query_features: int, streams: list
 def forward(
     plans: tuple[Plan, ...],
     hardware: Hardware,
+    scale: float,
     offset: Array,
     reach: Array | None,
     q: Array,
+    finite: Array,
     query_features: Features,
     streams: list[Stream],
 ) -> tuple[Array, Array, Array]:
-    """`(out, lse, stream_lse)`."""
-    layout = _layout(plans, hardware, q, query_features, streams)
-    queries = _pad_queries(layout, q, query_features, streams)
+    """`(out, lse, stream_lse)`, where `out` is NaN for queries that are not `finite`, bool `(B, L, H)`.
+
+    Products are multiplied by `scale` in the kernel, and no copy of the queries is made.
+    """
+    layout = _layout(plans, hardware, scale, q, query_features, streams)
+    queries = _pad_queries(layout, q, query_features, streams, [(finite, 1.0)])
     keys = _pad_keys(layout, streams)
     length, tile = queries.q.shape[1], layout.tiling.forward
     bounds = [_key_tiles(plan, s, length, tile, offset, reach) for plan, s in zip(plans, streams)]
@@ -720,9 +769,11 @@ def _unpad_rows(x: Array | None, learned: tuple[int, ...], features: Features) -
 def backward(
     plans: tuple[Plan, ...],
     hardware: Hardware,
+    scale: float,
     offset: Array,
     reach: Array | None,
     q: Array,
+    finite: Array,
     query_features: Features,
     streams: list[Stream],
     lse: Array,
@@ -731,12 +782,15 @@ def backward(
 ) -> tuple[Array, Features, list[Stream]]:
     """Gradients of queries, of query features and of streams, whose keys and values have one head per query head.
 
-    `lse` and `delta` are `(B, L, H)`; where nothing is read, `lse` must be so large that `exp(-lse)` is 0.
+    `lse` and `delta` are `(B, L, H)`; where nothing is read or a query is not `finite`, `lse` must be `-NEG_INF`.
     """
-    layout = _layout(plans, hardware, q, query_features, streams)
-    queries = _pad_queries(layout, q, query_features, streams, [(lse, -NEG_INF), (delta, 0.0)], g)
+    layout = _layout(plans, hardware, scale, q, query_features, streams)
+    queries = _pad_queries(layout, q, query_features, streams, [(lse, -NEG_INF), (delta, 0.0)])
     keys = _pad_keys(layout, streams)
-    length = queries.q.shape[1]
+    length, tile = queries.q.shape[1], layout.tiling.dkv[1]
+    dirty = jnp.pad(~finite, ((0, 0), (0, length - q.shape[1]), (0, 0))).reshape(q.shape[0], -1, tile, q.shape[2])
+    dirty = dirty.any(2).swapaxes(1, 2).astype(jnp.int32)
+    queries = queries._replace(g=_pad(g, length, layout.value_width), dirty=dirty)
     key_tiles = [_key_tiles(plan, s, length, layout.tiling.dq, offset, reach) for plan, s in zip(plans, streams)]
     dq, d_query = _dq(layout, offset[None], key_tiles, queries, keys)
     d_query = _unpad_rows(d_query, layout.query_learned, query_features)

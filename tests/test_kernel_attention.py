@@ -109,6 +109,29 @@ def test_examples_and_rows_without_keys(instruction):
     check(arrays, [{"mask": mask}], causal=True)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the interpreter's, of infinity
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_query_stays_in_its_row(instruction, bad):
+    """Its output is NaN, and the gradients of all keys are as if nobody had asked for it."""
+    _, arrays = inputs(14)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (arrays["q"], *arrays["streams"][0].values()))
+    q = q.at[0, 5, 0, 3].set(bad)
+
+    def run(q, k, v, implementation):
+        return attend(q, [Stream(k, v)], scale=0.3, implementation=implementation).out
+
+    def out_and_gradients(implementation):
+        out, vjp = jax.vjp(functools.partial(run, implementation=implementation), q, k, v)
+        return out, vjp(out)  # NaN is also what comes back
+
+    actual, expected = out_and_gradients(IMPLEMENTATION), out_and_gradients("xla")
+    assert np.isnan(actual[0][0, 5, 0]).all() and np.isfinite(actual[0]).sum() == actual[0].size - 32
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(
+            *(np.asarray(x, np.float32) for x in (got, want)), atol=TOLERANCE["bfloat16"] * 3, rtol=0.05
+        )
+
+
 @pytest.mark.parametrize("window", [(0, 0), (5, 3), (90, 0)])
 def test_windows(window):
     check(inputs(4, length=150, lengths=(150,))[1], window=window)

@@ -122,20 +122,23 @@ def attend(
     dtype = jnp.result_type(q, *(s.values for s in streams))
     operand = jnp.result_type(dtype, *(s.keys for s in streams))
     # A NaN in one query must stay in its own row, also in the gradients of the keys that the row reads.
-    row_ok = jnp.isfinite(q).all(-1)
+    finite = jnp.isfinite(q).all(-1)
     for feature in query_features:
-        row_ok &= ~jnp.isnan(feature)
-    q = jnp.where(row_ok[..., None], q, 0).astype(operand)
-    query_features = tuple(jnp.where(row_ok, f, 1) for f in query_features)
-    if scale is not None:
-        q = (q * jnp.asarray(scale, accumulation(operand))).astype(operand)
+        finite &= ~jnp.isnan(feature)
+    query_features = tuple(jnp.where(finite, f, 1) for f in query_features)
+    q = q.astype(operand)
+    if not isinstance(scale, float | int | None):  # traced, it may be learned
+        q, scale = _scaled(q, scale), None
+    scale = 1.0 if scale is None else float(scale)
     heads = q.shape[2]
     arrays = [_clean(s, operand) for s in streams]
     choice = dispatch.choose(
         operation, implementation, functools.partial(_unsupported, q, len(query_features), arrays)
     )
     compute = (
-        functools.partial(_attend_dense, plans) if choice.dense else functools.partial(_attend, plans, choice)
+        functools.partial(_attend_dense, plans, scale)
+        if choice.dense
+        else functools.partial(_attend, plans, choice, scale)
     )
     batch_axes, head_axes = dispatch.mesh_axes("batch", q.shape[0]), dispatch.mesh_axes("heads", heads)
     if batch_axes or head_axes:
@@ -149,14 +152,14 @@ def attend(
             P(batch_axes, head_axes),
             token,
             token,
+            token,
             [_specs(s, batch_axes, head_axes) for s in arrays],
         )
         out_specs = (token, token, P(None, batch_axes, None, head_axes))
         compute = jax.shard_map(compute, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     offset = jnp.asarray(query_offset, jnp.int32)
-    out, lse, stream_lse = compute(offset, reach, q, query_features, arrays)
-    out = jnp.where(row_ok[..., None], out, jnp.nan).astype(dtype)
-    return Attended(out, jnp.where(row_ok, lse, jnp.nan), lax.stop_gradient(stream_lse))
+    out, lse, stream_lse = compute(offset, reach, q, finite, query_features, arrays)
+    return Attended(out.astype(dtype), jnp.where(finite, lse, jnp.nan), lax.stop_gradient(stream_lse))
 
 
 def dense_weights(q: Array, streams: Sequence[Stream], **options: Any) -> Array:
@@ -219,6 +222,15 @@ def _clean(stream: Stream, dtype: Any) -> Stream:
     return stream._replace(keys=keys, values=values, mask=mask, features=features, bias=bias)
 
 
+def _scaled(q: Array, scale: Array | float) -> Array:
+    return (q * jnp.asarray(scale, accumulation(q.dtype))).astype(q.dtype)
+
+
+def _clean_queries(q: Array, finite: Array, scale: float) -> Array:
+    """Queries that are not finite become zeros, and all are multiplied by `scale`."""
+    return _scaled(jnp.where(finite[..., None], q, 0), scale)
+
+
 def _specs(stream: Stream, batch: Any, heads: Any) -> Any:
     """How a stream is split over the mesh, as a stream of partition specs."""
     token, bias = P(batch, None, heads), None
@@ -240,13 +252,16 @@ def _specs(stream: Stream, batch: Any, heads: Any) -> Any:
 
 def _attend_dense(
     plans: tuple[Plan, ...],
+    scale: float,
     offset: Array,
     reach: Array | None,
     q: Array,
+    finite: Array,
     query_features: Features,
     streams: list[Stream],
 ) -> Any:
     del reach  # dense means dense
+    q = _clean_queries(q, finite, scale)
     by_head = functools.partial(jnp.transpose, axes=(0, 2, 1))
     acc = accumulation(q.dtype)
     i = offset + jnp.arange(q.shape[1])[:, None]
@@ -271,38 +286,42 @@ def _attend_dense(
         parts.append((m, p.sum(-1, keepdims=True), mixed))
     out, lse, each = merge(parts)
     stream_lse = jnp.stack([by_head(x[..., 0]) for x in each])
-    return out.transpose(0, 2, 1, 3), by_head(lse[..., 0]), stream_lse
+    out = jnp.where(finite[..., None], out.transpose(0, 2, 1, 3), jnp.nan)
+    return out, by_head(lse[..., 0]), stream_lse
 
 
 # The fast versions: tiles, in portable XLA or in a fused kernel.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(plans: tuple[Plan, ...], choice: dispatch.Choice, *arrays: Any) -> Any:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(plans: tuple[Plan, ...], choice: dispatch.Choice, scale: float, *arrays: Any) -> Any:
     """`arrays` are those of `_attend_dense`."""
-    return _forward(plans, choice, *arrays)[0]
+    return _forward(plans, choice, scale, *arrays)[0]
 
 
-def _forward(plans: tuple[Plan, ...], choice: dispatch.Choice, *arrays: Any) -> Any:
+def _forward(plans: tuple[Plan, ...], choice: dispatch.Choice, scale: float, *arrays: Any) -> Any:
     def fused(hardware: Hardware, *arrays: Any) -> Any:
         from pallas_kernels import attention  # takes most of a second, for JAX's kernel language
 
-        return attention.forward(plans, hardware, *arrays)
+        return attention.forward(plans, hardware, scale, *arrays)
 
-    def portable(*arrays: Any) -> Any:
-        out, *rest = tiled.forward(plans, *arrays)
-        return out.astype(arrays[2].dtype), *rest
+    def portable(offset: Array, reach: Array | None, q: Array, finite: Array, *others: Any) -> Any:
+        out, *rest = tiled.forward(plans, offset, reach, _clean_queries(q, finite, scale), *others)
+        return jnp.where(finite[..., None], out, jnp.nan).astype(q.dtype), *rest
 
     out, lse, stream_lse = choice.run(fused, portable, *arrays)
     return (out, lse, stream_lse), (arrays, out, lse)
 
 
-def _backward(plans: tuple[Plan, ...], choice: dispatch.Choice, residuals: Any, cotangents: Any) -> Any:
-    (offset, reach, q, query_features, streams), out, lse = residuals
+def _backward(
+    plans: tuple[Plan, ...], choice: dispatch.Choice, scale: float, residuals: Any, cotangents: Any
+) -> Any:
+    arrays, out, lse = residuals
+    _, _, q, finite, query_features, streams = arrays
     g, g_lse, _ = cotangents
     # Where nothing was read, exp(z - lse) must vanish and not be exp(NEG_INF - NEG_INF) = 1.
-    safe_lse = jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)
-    delta = jnp.sum(g * out, axis=-1, dtype=g_lse.dtype) - g_lse
+    lse = jnp.where(finite & (lse > LOWEST_MAX), lse, -NEG_INF)
+    delta = jnp.where(finite, jnp.sum(g * out, axis=-1, dtype=lse.dtype) - g_lse, 0)
 
     def like_primals(gradients: Any) -> Any:
         dq, d_query, d_streams = gradients
@@ -316,13 +335,17 @@ def _backward(plans: tuple[Plan, ...], choice: dispatch.Choice, residuals: Any, 
     def fused(hardware: Hardware, *arrays: Any) -> Any:
         from pallas_kernels import attention
 
-        return like_primals(attention.backward(plans, hardware, *arrays))
+        return like_primals(attention.backward(plans, hardware, scale, *arrays))
 
-    def portable(*arrays: Any) -> Any:
-        return like_primals(tiled.backward(plans, *arrays))
+    def portable(offset: Array, reach: Array | None, q: Array, finite: Array, *others: Any) -> Any:
+        *others, g = others
+        ok = finite[..., None]
+        q, g = _clean_queries(q, finite, scale), jnp.where(ok, g, 0)
+        dq, *rest = tiled.backward(plans, offset, reach, q, *others, g)
+        return like_primals((jnp.where(ok, dq * scale, 0), *rest))
 
-    arrays = offset, reach, q, query_features, streams, safe_lse, delta, g.astype(q.dtype)
-    return None, None, *choice.run(fused, portable, *arrays)
+    dq, d_query, d_streams = choice.run(fused, portable, *arrays, lse, delta, g)
+    return None, None, dq, None, d_query, d_streams
 
 
 _attend.defvjp(_forward, _backward)
