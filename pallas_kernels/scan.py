@@ -105,15 +105,20 @@ class _Plan(NamedTuple):
 
 def interval(states: int, hardware: Hardware) -> int:
     """Steps between two kept states: as many as fit in shared memory."""
-    for steps in _INTERVALS:
-        if _Plan.of(states, steps).shared_memory() <= hardware.shared_memory:
-            return steps
-    raise NotImplementedError(f"the scan kernel needs more shared memory than {hardware.shared_memory} bytes")
+    return _intervals(states, hardware)[0]
 
 
-def unsupported(dtype: Any) -> str | None:
-    """Why the kernels cannot compute in `dtype`; None if they can. They run on all `Hardware` and all sizes."""
-    return None if dtype == jnp.float32 else f"the scan kernel computes in float32, not {jnp.dtype(dtype).name}"
+def unsupported(dtype: Any, states: int, hardware: Hardware) -> str | None:
+    """Why the kernels cannot compute in `dtype` with so many states; None if they can. All other sizes will do."""
+    if dtype != jnp.float32:
+        return f"the scan kernel computes in float32, not {jnp.dtype(dtype).name}"
+    if not _intervals(states, hardware):
+        return f"the scan kernel needs more shared memory than {hardware.shared_memory} bytes"
+    return None
+
+
+def _intervals(states: int, hardware: Hardware) -> list[int]:
+    return [n for n in _INTERVALS if _Plan.of(states, n).shared_memory() <= hardware.shared_memory]
 
 
 def forward(
@@ -321,7 +326,7 @@ def _forward_kernel(
     block = _Block.here()
     state = block.state(plan)
     a = _load(a_ref.at[state])
-    d = _load_row(d_ref.at[block.states, block.strip])
+    d = plgpu.load(d_ref.at[block.states, block.strip], optimized=False)
 
     def over_interval(index: tuple[Value], u: Ref, delta: Ref, bc: Ref, h: Value) -> Value:
         (i,) = index
@@ -333,8 +338,8 @@ def _forward_kernel(
                 token = _Token.read(plan, t, u, delta, bc)
                 h = token.step(token.decay(a), h)
                 ys.append(_over_states(h * token.c) + d * token.u)
-            first = i * plan.interval + k * _FORWARD_GROUP
-            _store(y_ref.at[block.states, block.batch, pl.ds(first, _FORWARD_GROUP), block.strip], _columns(ys))
+            steps = pl.ds(i * plan.interval + k * _FORWARD_GROUP, _FORWARD_GROUP)
+            _store(y_ref.at[block.states, block.batch, steps, block.strip], _columns(ys))
             return h
 
         h = lax.fori_loop(0, plan.interval // _FORWARD_GROUP, over_group, h)
@@ -370,7 +375,7 @@ def _backward_kernel(
     state = block.state(plan)
     count, groups = u_ref.shape[1] // plan.interval, plan.interval // _GROUP
     a = _load(a_ref.at[state])
-    d = _load_row(d_ref.at[block.states, block.strip])
+    d = plgpu.load(d_ref.at[block.states, block.strip], optimized=False)
 
     def over_interval(index: tuple[Value], u: Ref, delta: Ref, dy: Ref, bc: Ref, carry: tuple) -> tuple:
         i = count - 1 - index[0]
@@ -384,9 +389,8 @@ def _backward_kernel(
             _store(starts.at[k], h)
             return h
 
-        def over_group(turn: Value, carry: tuple) -> tuple:
-            g, da, dd = carry
-            k = groups - 1 - turn
+        def again(k: Value, dd: Value) -> tuple[list[Value], list[Value], Value]:
+            """The decays of group `k` and the states before its steps; `dc`, and `dd` so far."""
             h = lax.cond(k > 0, lambda: _load(starts.at[k - 1]), lambda: _load(kept))
             decays, before = [], []
             for row, t in enumerate(_steps(k, _GROUP)):
@@ -396,9 +400,15 @@ def _backward_kernel(
                 h = token.step(decays[-1], h)
                 _store(_product(plan, products, row), h * _wide(dy_t, h.shape))
                 dd = dd + dy_t * token.u
-            where = block.channels, block.states, block.batch, i * groups + k
-            store(dc_ref.at[where], _row_sums(products))
-            dus, ddeltas = [], []
+            store(dc_ref.at[block.channels, block.states, block.batch, i * groups + k], _row_sums(products))
+            return decays, before, dd
+
+        def over_group(turn: Value, carry: tuple) -> tuple:
+            """Back through group `k`."""
+            g, da, dd = carry
+            k = groups - 1 - turn
+            decays, before, dd = again(k, dd)
+            du, ddelta = [], []
             for row, t in reversed(list(enumerate(_steps(k, _GROUP)))):
                 token, dy_t = _Token.read(plan, t, u, delta, bc), dy[t].astype(jnp.float32)
                 g = g + token.c * _wide(dy_t, g.shape)
@@ -406,19 +416,16 @@ def _backward_kernel(
                 gb = _over_states(g * token.b)
                 g = decays[row] * g
                 gr = g * before[row]
-                dus.append(gb * token.delta + d * dy_t)
-                ddeltas.append(_over_states(gr * a) * _LN_2 + gb * token.u)
+                du.insert(0, gb * token.delta + d * dy_t)
+                ddelta.insert(0, _over_states(gr * a) * _LN_2 + gb * token.u)
                 da = da + gr * _wide(token.delta, gr.shape)
-            store(db_ref.at[where], _row_sums(products))
-            first = i * plan.interval + k * _GROUP
-            target = block.states, block.batch, pl.ds(first, _GROUP), block.strip
-            _store(du_ref.at[target], _columns(dus[::-1]))
-            _store(ddelta_ref.at[target], _columns(ddeltas[::-1]))
+            store(db_ref.at[block.channels, block.states, block.batch, i * groups + k], _row_sums(products))
+            steps = pl.ds(i * plan.interval + k * _GROUP, _GROUP)
+            for ref, values in ((du_ref, du), (ddelta_ref, ddelta)):
+                _store(ref.at[block.states, block.batch, steps, block.strip], _columns(values))
             return _pinned(g), _pinned(da), dd
 
-        h = _load(kept)
-        lax.fori_loop(0, groups - 1, advance, h)
-
+        lax.fori_loop(0, groups - 1, advance, _load(kept))
         carry = lax.fori_loop(0, groups, over_group, carry)
         _release(hardware)
         return carry
@@ -521,12 +528,9 @@ def _columns(values: list[Value]) -> Value:
     return _pinned(lax.concatenate([_wide(value, (_CHANNELS, 1)) for value in values], 1))
 
 
-def _load_row(ref: Ref) -> Value:
-    return plgpu.load(ref, optimized=False)
-
-
-def _product(plan: _Plan, products: Ref, row: int) -> Ref:
-    return products.at[pl.ds(row * plan.width, plan.width), pl.ds(0, _CHANNELS)]
+def _product(plan: _Plan, products: Ref, step: int) -> Ref:
+    """The rows of one step of a group."""
+    return products.at[pl.ds(step * plan.width, plan.width), pl.ds(0, _CHANNELS)]
 
 
 def _row_sums(products: Ref) -> Value:

@@ -108,7 +108,7 @@ def selective_scan(
         # delta = 0 keeps the state: exp(0) h + 0.
         u, delta, b, c = (jnp.where(mask[:, :, None], x, 0) for x in (u, delta, b, c))
     start = jnp.zeros((batch, channels, states), dtype) if initial_state is None else initial_state
-    dense, hardware = _choose(name, implementation, lambda _: kernels.unsupported(dtype))
+    dense, hardware = _choose(name, implementation, functools.partial(kernels.unsupported, dtype, states))
     inputs = [jnp.asarray(x, dtype) for x in (u, delta, a.T, b, c, d, start.swapaxes(1, 2))]
     if hardware is not None:
         inputs[:2] = u, delta  # the kernel widens them on the chip
