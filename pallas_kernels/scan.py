@@ -25,12 +25,11 @@ again, holds them in registers, and walks back with
 `db` and `dc` are sums over threads. A group's products are written to shared memory as rows of 128 channels, one
 for each step and state, and summed there by row:
 
-      threads = channels ->                        4 threads a row
-    +----------------------+---+
-    | row (t, n): products |   |   - - - sum - - ->  db or dc of (t, n), these 128 channels
-    | ...                  |   |
-    +----------------------+---+
-                             ^ keeps rows on different banks
+      threads = channels ->
+    +----------------------+
+    | row (t, n): products |  - - sum by 8 threads - - ->  db or dc of (t, n), of these 128 channels
+    | ...                  |
+    +----------------------+
 
 XLA adds what the blocks of channels found. More than 16 states are cut in blocks of states, each with its own
 threads, and XLA adds their `y`, `du` and `ddelta`: registers hold no more than 16 states and their gradients.
@@ -58,7 +57,6 @@ _INTERVALS = (16, 8)  # steps between two kept states: the first for which share
 _FORWARD_GROUP = 8  # steps whose results are written together
 _GROUP = 4  # steps of a group in the backward kernel: registers hold their states and decays
 _ROWS = _GROUP * _STATES  # of products
-_ROW = _CHANNELS + 8  # a row of products in shared memory: 4 rows with 4 pairs each fall on 32 different banks
 _REDUCTION = 2048  # bytes that the compiler takes for sums over threads
 _STAGES = 2  # intervals in shared memory at once: one being read, one on its way
 
@@ -67,6 +65,11 @@ _LN_2 = math.log(2)
 
 # One thread for each of 128 rows, which holds the row: (channels, states), (channels, steps).
 _PER_CHANNEL = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)
+
+# Eight threads side by side on a row, with 4 numbers each: together all banks of shared memory, once.
+_ACROSS = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 
 
 class _Plan(NamedTuple):
@@ -95,7 +98,7 @@ class _Plan(NamedTuple):
     def shared_memory(self) -> int:
         """Bytes of the backward kernel, which needs more, with float32 tokens."""
         tokens = self.interval * (3 * _CHANNELS + self.columns)
-        return 4 * (_STAGES * tokens + math.prod(self.starts) + _ROWS * _ROW) + _REDUCTION
+        return 4 * (_STAGES * tokens + math.prod(self.starts) + _ROWS * _CHANNELS) + _REDUCTION
 
     @property
     def starts(self) -> tuple[int, int, int]:
@@ -187,7 +190,7 @@ def backward(
         name="selective_scan_bwd",
         out=(sizes.token, sizes.token, sums, sums, sizes.state, per_channel, sizes.state),
         grid=sizes.grid,
-        scratch=(plgpu.SMEM(plan.starts, jnp.float32), plgpu.SMEM((_ROWS, _ROW), jnp.float32)),
+        scratch=(plgpu.SMEM(plan.starts, jnp.float32), plgpu.SMEM((_ROWS, _CHANNELS), jnp.float32)),
         hardware=hardware,
         cost=sizes.cost(flops=20, exponentials=2, streams=5),
     )
@@ -530,12 +533,11 @@ def _columns(values: list[Value]) -> Value:
 
 def _product(plan: _Plan, products: Ref, step: int) -> Ref:
     """The rows of one step of a group."""
-    return products.at[pl.ds(step * plan.width, plan.width), pl.ds(0, _CHANNELS)]
+    return products.at[pl.ds(step * plan.width, plan.width)]
 
 
 def _row_sums(products: Ref) -> Value:
-    rows = plgpu.load(products.at[:, pl.ds(0, _CHANNELS)], layout=plgpu.Layout.WGMMA, optimized=False)
-    return jnp.sum(rows, axis=1)
+    return jnp.sum(plgpu.load(products, layout=_ACROSS, optimized=False), axis=1)
 
 
 # Arrays.
