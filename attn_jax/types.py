@@ -24,6 +24,16 @@ Window = int | tuple[int, int]
 """Tokens seen on each side, or `(left, right)`, as in `jax.nn.dot_product_attention`."""
 
 Implementation = Literal["dense", "xla", "mosaic", "mosaic_interpret"]
+"""How an operation is computed; the results are the same to rounding.
+
+- "dense": all scores at once, differentiated by autodiff: the readable version.
+- "xla": in tiles, memory linear in the length, on any machine.
+- "mosaic": a fused kernel for NVIDIA GPUs, written in Pallas; operands must be bfloat16 or float16.
+- "mosaic_interpret": that kernel, interpreted with race detection on any machine: slow, for tests.
+
+A choice that cannot be honoured raises `NotImplementedError` and says why. None chooses "mosaic" on a GPU that
+runs it and "xla" elsewhere, and says so once in the log of "attn_jax".
+"""
 
 # Masked scores and the logsumexp of nothing. Finite, so that differences of two of them are 0 and not NaN.
 NEG_INF = -1e30

@@ -35,6 +35,7 @@ from eval.measure import (
     environment,
     exponent,
     finite,
+    lengths,
     median,
     number,
     replace,
@@ -72,7 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m eval.benchmark", description=__doc__)
     add = parser.add_argument
     add("--mechanisms", type=_mechanisms, metavar="A,B", help="default: all that are registered")
-    add("--lengths", type=_lengths, metavar="N,M", help="default: 1024,4096,16384; with --peers 2048")
+    add("--lengths", type=lengths, metavar="N,M", help="default: 1024,4096,16384; with --peers 2048")
     add("--peers", action="store_true", help="compare with other libraries, of the extra `peers`, on the CPU")
     add("--causal", action="store_true", help="outputs depend on the past only")
     add("--dim", type=int, default=512, help="model width (default: %(default)s)")
@@ -106,12 +107,6 @@ def _mechanisms(text: str) -> list[str]:
         known = ", ".join(attn_jax.MECHANISMS)
         raise argparse.ArgumentTypeError(f"unknown mechanism {', '.join(map(repr, unknown))}; registered: {known}")
     return names
-
-
-def _lengths(text: str) -> list[int]:
-    if not all(part.isdecimal() and int(part) for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected positive integers such as 1024,4096, got {text!r}")
-    return sorted({int(part) for part in text.split(",")})
 
 
 def _benchmark(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """What the benchmarks share: times, differences, tables, files, and what all of it ran on."""
 
+import argparse
 import importlib.metadata
 import math
 import os
@@ -14,6 +15,13 @@ import jax
 import numpy as np
 
 PASSES = ("forward", "forward+backward")
+
+
+def lengths(text: str) -> list[int]:
+    """The value of a command-line option such as `1024,4096`, in ascending order."""
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected positive integers such as 1024,4096, got {text!r}")
+    return sorted({int(part) for part in text.split(",")})
 
 
 class Time(NamedTuple):

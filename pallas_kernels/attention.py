@@ -41,8 +41,9 @@ from jax.extend.core import Var
 
 from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream
 from attn_jax.types import NEG_INF, Array
-from pallas_kernels.hardware import Cost, Hardware, launch
+from pallas_kernels.hardware import Hardware
 from pallas_kernels.instructions import Ref, Tiles, Value, store
+from pallas_kernels.launch import Cost, launch
 
 _LOG2_E = math.log2(math.e)
 _NOWHERE = 2**24  # behind every key; positions are exact in float32 below it
@@ -151,7 +152,7 @@ def _layout(
     plans: tuple[Plan, ...], hardware: Hardware, q: Array, query_features: Features, streams: list[Stream]
 ) -> _Layout:
     width, value_width = _head_width(q.shape[3]), _head_width(streams[0].values.shape[3])
-    tiling = tiling_for(hardware, q.dtype, max(width, value_width))
+    tiling = tiling_for(hardware)
     learned = [_learned(plan, len(query_features), len(s.features)) for plan, s in zip(plans, streams)]
     return _Layout(
         plans,
@@ -187,9 +188,23 @@ def _learned(plan: Plan, query: int, key: int) -> tuple[tuple[int, ...], tuple[i
     return tuple(n for n in range(query) if depends[n]), tuple(n for n in range(key) if depends[query + n])
 
 
-def tiling_for(hardware: Hardware, dtype: Any, width: int) -> Tiling:
-    """The tiles for a head width."""
-    return Tiling()
+def tiling_for(hardware: Hardware) -> Tiling:
+    """The largest tiles at which nothing spills with heads of 64.
+
+    "mma" holds both operands of a product in registers, "wgmma" one at most.
+    """
+    return Tiling() if hardware.instruction == "wgmma" else Tiling(dq=(64, 32), dkv=(64, 32))
+
+
+def _shared_memory(tiling: Tiling, itemsize: int, width: int, value_width: int, rows: int) -> int:
+    """Bytes that the largest of the kernels needs: tiles owned, staged, and in flight with `rows` of vectors."""
+
+    def kernel(tile: tuple[int, int], owned: int, staged: int) -> int:
+        walked = tiling.stages * tile[1] * ((width + value_width) * itemsize + 4 * rows)
+        return walked + itemsize * (tile[0] * owned + staged * tile[0] * tile[1])
+
+    both = width + value_width
+    return max(kernel(tiling.forward, width, 1), kernel(tiling.dq, both, 1), kernel(tiling.dkv, both, 2))
 
 
 def _pad_keys(layout: _Layout, streams: list[Stream]) -> list[_Keys]:
@@ -231,37 +246,47 @@ def _key_tiles(
 ) -> Array:
     """For each tile of queries the tiles of keys that it reads, int32 `(B or 1, H or 1, query tiles, 2)`."""
     size, key_size = tile
-    keys = stream.keys.shape[1]
     i = offset + jnp.arange(0, queries, size)
-    low, high = plan.keys_of(i, i + size - 1, keys, None if reach is None else reach[:, :, None], key_size)
+    reach = None if reach is None else reach[:, :, None]
+    low, high = plan.keys_of(i, i + size - 1, stream.keys.shape[1], reach, key_size)
     if stream.span is not None:
-        first, end = (_tiled_rows(x, queries, size, fill) for x, fill in zip(stream.span, (_NOWHERE, 0)))
-        low, high = jnp.maximum(low, first.min(-1)), jnp.minimum(high, end.max(-1))
+        first, end = _span_of_tiles(stream.span, queries, size)
+        low, high = jnp.maximum(low, first), jnp.minimum(high, end)
     return _bounds(low, high, key_size, len(i))
 
 
 def _query_tiles(
-    plan: Plan, stream: Stream, queries: int, tile: tuple[int, int], offset: Array, reach: Array | None
+    plan: Plan,
+    span: tuple[Array, Array] | None,
+    keys: int,
+    queries: int,
+    tile: tuple[int, int],
+    offset: Array,
+    reach: Array | None,
 ) -> Array:
     """For each tile of keys the tiles of queries that read it, int32 `(B or 1, H or 1, key tiles, 2)`."""
     size, query_size = tile
-    j = jnp.arange(0, _up(stream.keys.shape[1], size), size)
+    j = jnp.arange(0, keys, size)
     reach = None if reach is None else reach[:, :, None]
     low, high = plan.queries_of(j - offset, j + size - 1 - offset, queries, reach, query_size)
-    if stream.span is not None:
-        padded = _up(queries, query_size)
-        first, end = (_tiled_rows(x, padded, query_size, fill) for x, fill in zip(stream.span, (_NOWHERE, 0)))
-        reads = (first.min(-1)[:, :, None] < j[:, None] + size) & (j[:, None] < end.max(-1)[:, :, None])
-        i = jnp.arange(0, padded, query_size)
-        low = jnp.maximum(low, jnp.where(reads, i, padded).min(-1))
+    if span is not None:
+        first, end = (x[:, :, None] for x in _span_of_tiles(span, queries, query_size))
+        reads = (first < j[:, None] + size) & (j[:, None] < end)
+        i = jnp.arange(0, queries, query_size)
+        low = jnp.maximum(low, jnp.where(reads, i, queries).min(-1))
         high = jnp.minimum(high, jnp.where(reads, i + query_size, 0).max(-1))
     return _bounds(low, high, query_size, len(j))
 
 
-def _tiled_rows(x: Array, length: int, size: int, fill: int) -> Array:
-    """`(B, L, H)` to `(B, H, tiles, tile)`."""
-    x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)), constant_values=fill).swapaxes(1, 2)
-    return x.reshape(*x.shape[:2], -1, size)
+def _span_of_tiles(span: tuple[Array, Array], queries: int, size: int) -> tuple[Array, Array]:
+    """What the tiles of queries read together, `(B, H, tiles)`."""
+    first, end = (
+        jnp.pad(x, ((0, 0), (0, queries - x.shape[1]), (0, 0)), constant_values=fill)
+        .swapaxes(1, 2)
+        .reshape(x.shape[0], x.shape[2], -1, size)
+        for x, fill in zip(span, (_NOWHERE, 0))
+    )
+    return first.min(-1), end.max(-1)
 
 
 def _bounds(low: Array | int, high: Array | int, size: int, tiles: int) -> Array:
@@ -628,7 +653,31 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
     )
 
 
-# The two functions of `attn_jax.engine.tiled` that these kernels stand in for.
+# What the engine calls: `unsupported`, and the counterparts of `attn_jax.engine.tiled`'s two functions.
+
+
+def unsupported(hardware: Hardware, q: Array, query_features: int, streams: list[Stream]) -> str | None:
+    """Why these kernels cannot run on `hardware`, None if they can."""
+    types = ("bfloat16", "float16", "float32") if hardware.interpret else ("bfloat16", "float16")
+    if q.dtype.name not in types:
+        return f"operands are {q.dtype.name}, it multiplies {', '.join(types)}"
+    if any(s.bias is not None for s in streams):
+        return "a bias for each pair of query and key is not fused"
+    width, value_width = q.shape[3], max(s.values.shape[3] for s in streams)
+    if max(width, value_width) > WIDTHS[-1]:
+        return f"heads are {width} and {value_width} wide, its tiles are up to {WIDTHS[-1]}"
+    spans = 2 * sum(s.span is not None for s in streams)
+    rows = max(query_features + spans + 2, *(len(s.features) + 1 for s in streams))
+    needed = _shared_memory(
+        tiling_for(hardware), q.dtype.itemsize, _head_width(width), _head_width(value_width), rows
+    )
+    if needed > hardware.shared_memory and not hardware.interpret:
+        return f"it needs {needed:,} bytes of shared memory, a block has {hardware.shared_memory:,}"
+    if max(q.shape[1], *(s.keys.shape[1] for s in streams)) > _NOWHERE:
+        return f"a sequence is longer than {_NOWHERE:,}"
+    if q.shape[0] * q.shape[2] == 0:
+        return "there is nothing to compute"
+    return None
 
 
 def forward(
@@ -693,7 +742,7 @@ def backward(
     d_query = _unpad_rows(d_query, layout.query_learned, query_features)
     d_streams = []
     for n, (plan, s) in enumerate(zip(plans, streams)):
-        query_tiles = _query_tiles(plan, s, length, layout.tiling.dkv, offset, reach)
+        query_tiles = _query_tiles(plan, s.span, keys[n].k.shape[1], length, layout.tiling.dkv, offset, reach)
         dk, dv, d_key = _dkv(layout, n, offset[None], query_tiles, queries, keys[n])
         tokens = s.keys.shape[1]
         d_streams.append(

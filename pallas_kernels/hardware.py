@@ -1,18 +1,13 @@
-"""What a kernel is compiled for, and the one door through which kernels are started.
+"""What a kernel is compiled for.
 
-Everything here is decided before lowering: an instruction that a GPU lacks can abort the whole process in the
-compiler, where no exception handler helps.
+It is decided before lowering: an instruction that a GPU lacks can abort the whole process in the compiler, where
+no exception handler helps.
 """
 
-import contextlib
 import dataclasses
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax.extend.backend import get_default_device
 
 Instruction = Literal["mma", "wgmma"]
 
@@ -72,81 +67,14 @@ INTERPRETER = Hardware(interpret=True)
 """The interpreter, as a GPU that multiplies by "mma"."""
 
 
-def device() -> Any:
-    """The device that a computation is compiled for, unless it is told otherwise."""
-    chosen = jax.config.jax_default_device
-    return chosen if hasattr(chosen, "platform") else jax.devices(chosen)[0]
-
-
 def detect() -> Hardware:
     """That of the default device.
 
     Raises:
       NotImplementedError: it is no NVIDIA GPU, or one without kernels; the message says what it is.
     """
-    found = device()
-    capability = getattr(found, "compute_capability", None)
-    if found.platform not in ("gpu", "cuda") or capability is None:
-        raise NotImplementedError(f"the default device is {found.platform.upper()}, no NVIDIA GPU")
+    device = get_default_device()
+    capability = getattr(device, "compute_capability", None)
+    if device.platform not in ("gpu", "cuda") or capability is None:
+        raise NotImplementedError(f"the default device is a {device.platform.upper()}, no NVIDIA GPU")
     return Hardware.of_capability(str(capability))
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a kernel does, for XLA's scheduler and for the analytic floor."""
-
-    flops: int
-    exponentials: int
-    bytes: int
-
-
-def launch(
-    body: Callable[..., None],
-    *operands: Any,
-    name: str,
-    out: Any,
-    grid: dict[str, int],
-    scratch: Sequence[Any],
-    hardware: Hardware,
-    cost: Cost,
-) -> Any:
-    """Run `body(*operands, *out, *scratch)` once for each point of `grid`, with references in the place of arrays.
-
-    Args:
-      operands: pytrees of arrays.
-      out: a `jax.ShapeDtypeStruct`, or a tuple of pytrees of them.
-      grid: size by the name of the axis.
-    """
-    leaves, tree = jax.tree.flatten(operands)
-    out_leaves, out_tree = jax.tree.flatten(out if isinstance(out, tuple) else (out,))
-
-    def flat_body(*refs: Any) -> None:
-        end = len(leaves) + len(out_leaves)
-        inputs, outputs = refs[: len(leaves)], refs[len(leaves) : end]
-        body(*jax.tree.unflatten(tree, inputs), *jax.tree.unflatten(out_tree, outputs), *refs[end:])
-
-    estimate: dict[str, Any] = {}
-    if "cost_estimate" in inspect.signature(plgpu.kernel).parameters:  # JAX 0.12 and later
-        estimate["cost_estimate"] = pl.CostEstimate(
-            flops=cost.flops, transcendentals=cost.exponentials, bytes_accessed=cost.bytes
-        )
-    kernel = plgpu.kernel(
-        flat_body,
-        out_type=out_leaves,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-        kernel_name=name,
-        **estimate,
-    )
-    with interpreting() if hardware.interpret else contextlib.nullcontext():
-        results = jax.tree.unflatten(out_tree, kernel(*leaves))
-    return results if isinstance(out, tuple) else results[0]
-
-
-def interpreting() -> Any:
-    """Kernels traced inside run in the interpreter, which reports data races as errors."""
-    return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))

@@ -48,8 +48,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from attn_jax.types import Array
-from pallas_kernels.hardware import Cost, Hardware, launch
+from pallas_kernels.hardware import Hardware
 from pallas_kernels.instructions import Ref, Value, store
+from pallas_kernels.launch import Cost, launch
 
 _CHANNELS = 128  # of a block, one for each thread
 _STATES = 16  # at most so many to a thread

@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.get("ATTN_JAX_KERNELS") != "gpu":  # see tests/kernels.py
+    os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 

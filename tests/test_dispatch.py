@@ -11,31 +11,72 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from attn_jax.engine import dispatch
+from pallas_kernels.hardware import INTERPRETER, Hardware
+
+H100 = Hardware("wgmma")
 
 
-def test_an_explicit_choice_is_honoured():
-    assert dispatch.resolve("thing", "dense") == "dense"
-    assert dispatch.resolve("thing", "xla") == "xla"
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(dispatch, "detect", lambda: H100)
+
+
+def test_an_explicit_choice_is_honoured(gpu):
+    assert dispatch.choose("thing", "dense") == dispatch.Choice(dense=True)
+    assert dispatch.choose("thing", "xla") == dispatch.Choice()
+    assert dispatch.choose("thing", "mosaic", lambda hardware: None).hardware == H100
+    assert dispatch.choose("thing", "mosaic_interpret", lambda hardware: None).hardware == INTERPRETER
 
 
 def test_unknown_implementations_raise():
     with pytest.raises(ValueError, match=r"^thing: unknown implementation 'cuda'"):
-        dispatch.resolve("thing", "cuda")
+        dispatch.choose("thing", "cuda")
 
 
-@pytest.mark.parametrize("implementation", ["mosaic", "mosaic_interpret"])
-def test_a_kernel_that_does_not_exist_raises(implementation):
-    with pytest.raises(NotImplementedError, match=f"^thing: implementation='{implementation}' has no fused GPU"):
-        dispatch.resolve("thing", implementation)
+@pytest.mark.parametrize(
+    "implementation,unsupported,reason",
+    [
+        ("mosaic", None, "none is written"),
+        ("mosaic_interpret", None, "none is written"),
+        ("mosaic_interpret", lambda hardware: "too wide", "too wide"),
+        ("mosaic", lambda hardware: None, "the default device is a CPU"),
+    ],
+)
+def test_a_kernel_that_cannot_run_raises_and_says_why(implementation, unsupported, reason):
+    with pytest.raises(NotImplementedError, match=f"^thing: implementation='{implementation}'.*{reason}"):
+        dispatch.choose("thing", implementation, unsupported)
 
 
-def test_the_automatic_choice_is_logged_once_per_operation(caplog):
+def test_a_gpu_without_kernels_is_named():
+    with pytest.raises(NotImplementedError, match=r"capability 7\.5"):
+        Hardware.of_capability("7.5")
+
+
+def messages(caplog, operation):
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith(operation)]
+
+
+def test_the_automatic_choice_never_raises_and_is_logged_once_with_its_reason(caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="attn_jax")
-    for operation in ("first of this test", "second of this test", "first of this test"):
-        assert dispatch.resolve(operation, None) == "xla"
-    messages = [r.getMessage() for r in caplog.records if "of this test" in r.getMessage()]
-    assert [m.partition(":")[0] for m in messages] == ["first of this test", "second of this test"]
-    assert all("'xla'" in m for m in messages)
+    for _ in range(2):
+        assert dispatch.choose("on a CPU", None, lambda hardware: None) == dispatch.Choice()
+    monkeypatch.setattr(dispatch, "detect", lambda: H100)
+    for _ in range(2):
+        assert dispatch.choose("too wide", None, lambda hardware: "200 is too wide") == dispatch.Choice()
+        assert dispatch.choose("on a GPU", None, lambda hardware: None).hardware == H100
+    for operation, words in [("on a CPU", "CPU"), ("too wide", "200 is too wide"), ("on a GPU", "'mosaic'")]:
+        (message,) = messages(caplog, operation)
+        assert words in message
+
+
+def test_a_program_for_another_machine_takes_the_portable_path():
+    """The kernel was chosen for the default device, but this is compiled for a CPU."""
+
+    def run(x):
+        return dispatch.Choice(hardware=H100).run(lambda hardware, x: x * 2, lambda x: x + 1, x)
+
+    assert jax.jit(run)(jnp.float32(5)) == 6
+    assert dispatch.Choice(hardware=INTERPRETER).run(lambda hardware, x: x * 2, lambda x: x + 1, 5) == 10
 
 
 def test_over_rows_is_a_map_over_the_leading_axis():

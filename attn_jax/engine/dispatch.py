@@ -3,38 +3,88 @@
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import AxisType
+
+from pallas_kernels.hardware import INTERPRETER, Hardware, detect
 
 IMPLEMENTATIONS = ("dense", "xla", "mosaic", "mosaic_interpret")
 
 _log = logging.getLogger("attn_jax")
 
 
-def resolve(operation: str, implementation: str | None) -> str:
-    """Return the implementation that runs `operation`; an explicit choice that cannot be honoured raises.
+class Choice(NamedTuple):
+    """What runs an operation.
+
+    Attributes:
+      dense: whether the readable version does.
+      hardware: what the fused kernel is compiled for, None for the portable path.
+    """
+
+    dense: bool = False
+    hardware: Hardware | None = None
+
+    def run(self, fused: Callable[..., Any], portable: Callable[..., Any], *arrays: Any) -> Any:
+        """`fused(hardware, *arrays)` if that was chosen and the program is for a GPU, else `portable(*arrays)`."""
+        if self.hardware is None:
+            return portable(*arrays)
+        kernel = functools.partial(fused, self.hardware)
+        if self.hardware.interpret:
+            return kernel(*arrays)
+        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=portable)
+
+
+def check_name(operation: str, implementation: str | None) -> str | None:
+    """`implementation`; a `ValueError` if it is neither None nor one of `IMPLEMENTATIONS`."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        supported = ", ".join(map(repr, IMPLEMENTATIONS))
+        raise ValueError(f"{operation}: unknown implementation {implementation!r}; supported: None, {supported}")
+    return implementation
+
+
+def choose(
+    operation: str, implementation: str | None, unsupported: Callable[[Hardware], str | None] | None = None
+) -> Choice:
+    """What runs `operation`; the automatic choice (None) is said once in the log, with its reason.
+
+    Args:
+      unsupported: why the fused kernel cannot run this call on a `Hardware`, None where it can. None: there is no
+        fused kernel.
 
     Raises:
       ValueError: `implementation` is not one of `IMPLEMENTATIONS`.
-      NotImplementedError: it is one, but `operation` has none of that kind.
+      NotImplementedError: it is, but cannot be honoured.
     """
+    check_name(operation, implementation)
+    if implementation in ("dense", "xla"):
+        return Choice(dense=implementation == "dense")
+    try:
+        hardware = _hardware(implementation == "mosaic_interpret", unsupported)
+    except NotImplementedError as reason:
+        if implementation is not None:
+            raise NotImplementedError(
+                f"{operation}: implementation={implementation!r} has no fused GPU kernel here: {reason}; "
+                "use None, 'xla' or 'dense'"
+            ) from None
+        _log_once(f"{operation}: implementation 'xla' (the tiled portable path): {reason}")
+        return Choice()
     if implementation is None:
-        _log_once(f"{operation}: implementation 'xla' (the tiled portable path; no fused kernel is available)")
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{operation}: unknown implementation {implementation!r}; supported: None, 'dense', 'xla' "
-            "(and, where a fused kernel exists, 'mosaic', 'mosaic_interpret')"
-        )
-    if implementation.startswith("mosaic"):
-        raise NotImplementedError(
-            f"{operation}: implementation={implementation!r} has no fused GPU kernel in this version; "
-            "use None, 'xla' or 'dense'"
-        )
-    return implementation
+        _log_once(f"{operation}: implementation 'mosaic' (the fused GPU kernel, by {hardware.instruction})")
+    return Choice(hardware=hardware)
+
+
+def _hardware(interpret: bool, unsupported: Callable[[Hardware], str | None] | None) -> Hardware:
+    """What the kernel is compiled for; a `NotImplementedError` says why there is none."""
+    if unsupported is None:
+        raise NotImplementedError("none is written for this operation")
+    hardware = INTERPRETER if interpret else detect()
+    reason = unsupported(hardware)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    return hardware
 
 
 @functools.cache

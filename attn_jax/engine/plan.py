@@ -132,6 +132,18 @@ def tiles(left: int | None, right: int | None) -> tuple[tuple[int, int], tuple[i
     return (_NARROW_TILE, seen), (seen, _NARROW_TILE)
 
 
+def repeat_heads(x: Array, heads: int) -> Array:
+    """Key heads `(B, M, K, ...)` for `heads` query heads, each as often as it serves one."""
+    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+
+
+def sum_groups(x: Array, heads: int) -> Array:
+    """The sum over query heads that share a key head, `(B, M, H, ...)` to `(B, M, heads, ...)`, as accumulated."""
+    if x.shape[2] == heads:
+        return x
+    return x.reshape(*x.shape[:2], heads, -1, *x.shape[3:]).sum(3, dtype=accumulation(x.dtype))
+
+
 def accumulation(dtype: Any) -> Any:
     """The type of sums, products and exponentials of operands of type `dtype`."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -33,8 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from attn_jax.engine import dispatch
 from attn_jax.types import Array, check_mask, check_shape
-from pallas_kernels import scan as kernels
-from pallas_kernels.hardware import INTERPRETER, Hardware, detect
+from pallas_kernels.hardware import Hardware
 
 # Steps between two kept states. The backward pass on a CPU holds the states of one interval and one block of
 # channels: these two sizes keep them in the second-level cache (512 KiB with 16 states).
@@ -81,6 +80,7 @@ def selective_scan(
       NotImplementedError: an implementation that cannot be had here, with the reason.
     """
     name = "selective_scan"
+    dispatch.check_name(name, implementation)
     check_shape(name, "u", u, "(B, L, E)", (None, None, None))
     check_shape(name, "a", a, "(E, N)", (u.shape[2], None))
     (batch, length, channels), states = u.shape, a.shape[1]
@@ -108,12 +108,14 @@ def selective_scan(
         # delta = 0 keeps the state: exp(0) h + 0.
         u, delta, b, c = (jnp.where(mask[:, :, None], x, 0) for x in (u, delta, b, c))
     start = jnp.zeros((batch, channels, states), dtype) if initial_state is None else initial_state
-    dense, hardware = _choose(name, implementation, functools.partial(kernels.unsupported, dtype, states))
+    choice = dispatch.choose(
+        name, implementation, lambda hardware: _kernels().unsupported(dtype, states, hardware)
+    )
     inputs = [jnp.asarray(x, dtype) for x in (u, delta, a.T, b, c, d, start.swapaxes(1, 2))]
-    if hardware is not None:
+    if choice.hardware is not None:
         inputs[:2] = u, delta  # the kernel widens them on the chip
 
-    compute = _scan_dense if dense else functools.partial(_scan, chunk, hardware)
+    compute = _scan_dense if choice.dense else functools.partial(_scan, chunk, choice.hardware)
     rows, columns = dispatch.mesh_axes("batch", batch), dispatch.mesh_axes("mlp", channels)
     if rows or columns:
         token, shared, state = P(rows, None, columns), P(rows), P(rows, None, columns)
@@ -123,23 +125,6 @@ def selective_scan(
     if mask is not None:
         y = jnp.where(mask[:, :, None], y, 0)
     return y.astype(given["u"].dtype), final_state.swapaxes(1, 2)
-
-
-def _choose(
-    name: str, implementation: str | None, unsupported: Callable[[Hardware], str | None]
-) -> tuple[bool, Hardware | None]:
-    """Whether the dense version runs, and what the fused kernel is compiled for, None for the portable path."""
-    if implementation in (None, "mosaic", "mosaic_interpret"):
-        try:
-            hardware = INTERPRETER if implementation == "mosaic_interpret" else detect()
-            reason = unsupported(hardware)
-        except NotImplementedError as error:
-            hardware, reason = None, str(error)
-        if reason is None:
-            return False, hardware
-        if implementation is not None:
-            raise NotImplementedError(f"{name}: implementation={implementation!r} cannot be had: {reason}")
-    return dispatch.resolve(name, implementation) == "dense", None
 
 
 # From here on the state is (B, N, E) and `a` is (N, E): channels last.
@@ -183,10 +168,10 @@ def _forward(
     d: Array,
     start: Array,
 ) -> tuple[tuple[Array, Array], Any]:
-    cut = _Cut.of(u.shape[1], chunk, hardware and kernels.interval(a.shape[0], hardware))
+    cut = _Cut.of(u.shape[1], chunk, _interval(a.shape[0], hardware))
     y, kept, final = _on_platform(
         hardware,
-        kernels.forward,
+        _forward_fused,
         _forward_by_step,
         functools.partial(_forward_by_chunk, cut),
         a,
@@ -202,10 +187,10 @@ def _backward(
 ) -> tuple[Array, ...]:
     u, delta, a, b, c, d, kept = residuals
     dy, g = cotangents
-    cut = _Cut.of(u.shape[1], chunk, hardware and kernels.interval(a.shape[0], hardware))
+    cut = _Cut.of(u.shape[1], chunk, _interval(a.shape[0], hardware))
     du, ddelta, db, dc, da, dd, g = _on_platform(
         hardware,
-        kernels.backward,
+        _backward_fused,
         _backward_by_step,
         functools.partial(_backward_by_chunk, cut),
         a,
@@ -220,22 +205,22 @@ def _backward(
 
 def _on_platform(
     hardware: Hardware | None,
-    kernel: Callable[..., Any],
+    fused: Callable[..., Any],
     by_step: Callable[..., Any],
     by_chunk: Callable[..., Any],
     *arrays: Array,
 ) -> Any:
-    """The form for the platform that the program is compiled for; `kernel` only for a given `hardware`."""
+    """The form for the platform that the program is compiled for; `fused` only for a given `hardware`."""
     if hardware is None:
         return lax.platform_dependent(*arrays, cpu=by_step, default=by_chunk)
-    fused = functools.partial(kernel, hardware=hardware)
+    kernel = functools.partial(fused, hardware)
     if hardware.interpret:
-        return fused(*arrays)
+        return kernel(*arrays)
 
     def wide(form: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arrays: form(*(x.astype(jnp.float32) for x in arrays))
 
-    return lax.platform_dependent(*arrays, cpu=wide(by_step), cuda=fused, default=wide(by_chunk))
+    return lax.platform_dependent(*arrays, cpu=wide(by_step), cuda=kernel, default=wide(by_chunk))
 
 
 _scan.defvjp(_forward, _backward)
@@ -276,6 +261,28 @@ class _Cut(NamedTuple):
     def join(self, x: Array) -> Array:
         """`(B, intervals, interval, ...)` back to `(B, L, ...)`."""
         return x.reshape(x.shape[0], -1, x.shape[-1])[:, : self.length]
+
+
+# In the registers of a GPU. The same arrays as step by step.
+
+
+def _kernels() -> Any:
+    from pallas_kernels import scan  # takes most of a second, for JAX's kernel language
+
+    return scan
+
+
+def _interval(states: int, hardware: Hardware | None) -> int | None:
+    """What the kernels prescribe."""
+    return None if hardware is None else _kernels().interval(states, hardware)
+
+
+def _forward_fused(hardware: Hardware, *arrays: Array) -> tuple[Array, Array, Array]:
+    return _kernels().forward(*arrays, hardware=hardware)
+
+
+def _backward_fused(hardware: Hardware, *arrays: Array) -> tuple[Array, ...]:
+    return _kernels().backward(*arrays, hardware=hardware)
 
 
 # Step by step (CPU), one sequence after the other. u, delta, dy (B, intervals, interval, E); b, c the same with N.

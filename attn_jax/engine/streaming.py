@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from attn_jax.engine import dispatch
+from attn_jax.engine import dispatch, tiled
 from attn_jax.engine.plan import (
     LOWEST_MAX,
     Features,
@@ -40,10 +40,12 @@ from attn_jax.engine.plan import (
     Stream,
     accumulation,
     merge,
+    repeat_heads,
+    sum_groups,
     tiles,
 )
-from attn_jax.engine.tiled import attend_tiled
-from attn_jax.types import Array, Window, check_mask, check_shape
+from attn_jax.types import NEG_INF, Array, Window, check_mask, check_shape
+from pallas_kernels.hardware import Hardware
 
 # No sequence is wider, and position + window must not overflow int32.
 _WIDEST = 2**30
@@ -94,7 +96,7 @@ def attend(
       reach: int32 `(B, H)`, may be traced: a promise that keys of ordered streams farther than this from a query
         have weights below rounding, so that the "xla" path may leave out tiles of them.
       scale: multiplies `q` (None: 1).
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
       operation: name used in errors and in the log.
       forward_tile, backward_tile: (queries, keys) per tile of the "xla" path, None to choose; no effect on the
         result.
@@ -103,7 +105,7 @@ def attend(
       ValueError: shapes, masks or windows that do not fit; unknown implementation.
       NotImplementedError: a fused kernel is asked for.
     """
-    implementation = dispatch.resolve(operation, implementation)
+    dispatch.check_name(operation, implementation)
     left, right = (None, None) if window is None else check_window(operation, window)
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -128,10 +130,19 @@ def attend(
     if scale is not None:
         q = (q * jnp.asarray(scale, accumulation(operand))).astype(operand)
     heads = q.shape[2]
-    arrays = [_clean(s, heads, operand) for s in streams]
-    compute = functools.partial(_attend_dense if implementation == "dense" else attend_tiled, plans)
+    arrays = [_clean(s, operand) for s in streams]
+    choice = dispatch.choose(
+        operation, implementation, functools.partial(_unsupported, q, len(query_features), arrays)
+    )
+    compute = (
+        functools.partial(_attend_dense, plans) if choice.dense else functools.partial(_attend, plans, choice)
+    )
     batch_axes, head_axes = dispatch.mesh_axes("batch", q.shape[0]), dispatch.mesh_axes("heads", heads)
     if batch_axes or head_axes:
+        if any(dispatch.mesh_axes("heads", s.keys.shape[2]) != head_axes for s in arrays):
+            arrays = [
+                s._replace(keys=repeat_heads(s.keys, heads), values=repeat_heads(s.values, heads)) for s in arrays
+            ]
         token, scalar = P(batch_axes, None, head_axes), P()
         in_specs: Any = (
             scalar,
@@ -196,8 +207,8 @@ def check_operands(operation: str, q: Array, streams: Sequence[Stream], query_fe
             raise ValueError(f"{operation}: `{name}` must be a floating-point array, got dtype {array.dtype}")
 
 
-def _clean(stream: Stream, heads: int, dtype: Any) -> Stream:
-    """Masked keys become zeros, whatever they held, and key heads are repeated for the query heads they serve."""
+def _clean(stream: Stream, dtype: Any) -> Stream:
+    """Masked keys become zeros, whatever they held."""
     keys, values, mask, features, bias, *_ = stream
     keys, values = keys.astype(dtype), values.astype(dtype)
     if bias is not None and jnp.result_type(bias, accumulation(dtype)) != accumulation(dtype):
@@ -205,8 +216,6 @@ def _clean(stream: Stream, heads: int, dtype: Any) -> Stream:
     if mask is not None:
         keys, values = (jnp.where(mask[:, :, None, None], x, 0) for x in (keys, values))
         features = tuple(jnp.where(mask[:, :, None], f, 0) for f in features)
-    if keys.shape[2] != heads:
-        keys, values = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (keys, values))
     return stream._replace(keys=keys, values=values, mask=mask, features=features, bias=bias)
 
 
@@ -244,7 +253,8 @@ def _attend_dense(
     parts = []
     for plan, s in zip(plans, streams):
         j = jnp.arange(s.keys.shape[1])
-        dot = jnp.einsum("blhe,bmhe->bhlm", q, s.keys, preferred_element_type=acc)
+        keys, values = (repeat_heads(x, q.shape[2]) for x in (s.keys, s.values))
+        dot = jnp.einsum("blhe,bmhe->bhlm", q, keys, preferred_element_type=acc)
         z = plan.logits(
             dot,
             i,
@@ -257,8 +267,65 @@ def _attend_dense(
         z = plan.mask(z, i, j, valid, s.span and tuple(by_head(end)[..., None] for end in s.span))
         m = jnp.maximum(lax.stop_gradient(z.max(-1, keepdims=True, initial=LOWEST_MAX)), LOWEST_MAX)
         p = jnp.exp(z - m)
-        values = jnp.einsum("bhlm,bmhv->bhlv", p.astype(s.values.dtype), s.values, preferred_element_type=acc)
-        parts.append((m, p.sum(-1, keepdims=True), values))
+        mixed = jnp.einsum("bhlm,bmhv->bhlv", p.astype(values.dtype), values, preferred_element_type=acc)
+        parts.append((m, p.sum(-1, keepdims=True), mixed))
     out, lse, each = merge(parts)
     stream_lse = jnp.stack([by_head(x[..., 0]) for x in each])
     return out.transpose(0, 2, 1, 3), by_head(lse[..., 0]), stream_lse
+
+
+# The fast versions: tiles, in portable XLA or in a fused kernel.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plans: tuple[Plan, ...], choice: dispatch.Choice, *arrays: Any) -> Any:
+    """`arrays` are those of `_attend_dense`."""
+    return _forward(plans, choice, *arrays)[0]
+
+
+def _forward(plans: tuple[Plan, ...], choice: dispatch.Choice, *arrays: Any) -> Any:
+    def fused(hardware: Hardware, *arrays: Any) -> Any:
+        from pallas_kernels import attention  # takes most of a second, for JAX's kernel language
+
+        return attention.forward(plans, hardware, *arrays)
+
+    out, lse, stream_lse = choice.run(fused, functools.partial(tiled.forward, plans), *arrays)
+    return (out, lse, stream_lse), (arrays, out, lse)
+
+
+def _backward(plans: tuple[Plan, ...], choice: dispatch.Choice, residuals: Any, cotangents: Any) -> Any:
+    (offset, reach, q, query_features, streams), out, lse = residuals
+    g, g_lse, _ = cotangents
+    # Where nothing was read, exp(z - lse) must vanish and not be exp(NEG_INF - NEG_INF) = 1.
+    safe_lse = jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)
+    delta = jnp.sum(g * out, axis=-1) - g_lse
+
+    def like_primals(gradients: Any) -> Any:
+        dq, d_query, d_streams = gradients
+        d_streams = [
+            d._replace(keys=sum_groups(d.keys, s.keys.shape[2]), values=sum_groups(d.values, s.keys.shape[2]))
+            for d, s in zip(d_streams, streams)
+        ]
+        primals = q, query_features, [s._replace(mask=None, span=None) for s in streams]
+        return jax.tree.map(lambda d, primal: d.astype(primal.dtype), (dq, d_query, d_streams), primals)
+
+    def fused(hardware: Hardware, *arrays: Any) -> Any:
+        from pallas_kernels import attention
+
+        return like_primals(attention.backward(plans, hardware, *arrays))
+
+    def portable(*arrays: Any) -> Any:
+        return like_primals(tiled.backward(plans, *arrays))
+
+    arrays = offset, reach, q, query_features, streams, safe_lse, delta, g.astype(q.dtype)
+    return None, None, *choice.run(fused, portable, *arrays)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _unsupported(q: Array, query_features: int, streams: list[Stream], hardware: Hardware) -> str | None:
+    """Why the fused kernel cannot run, None if it can."""
+    from pallas_kernels import attention
+
+    return attention.unsupported(hardware, q, query_features, streams)

@@ -1,6 +1,6 @@
 """Streaming softmax attention in tiles, portable XLA, with a hand-written backward pass.
 
-Everything below `attend_tiled` works on one *row*, a head of an example: queries `(L, E)`, keys `(M, E)`.
+Everything below these two functions works on one *row*, a head of an example: queries `(L, E)`, keys `(M, E)`.
 
     forward     for each tile of queries            backward    for each tile of keys
                   for each tile of keys it sees                   for each tile of queries that see it
@@ -20,72 +20,53 @@ import jax.numpy as jnp
 from jax import lax
 
 from attn_jax.engine import dispatch
-from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream, accumulation, merge
+from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream, accumulation, merge, repeat_heads
 from attn_jax.types import NEG_INF, Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_tiled(
+def forward(
     plans: tuple[Plan, ...],
     offset: Array,
     reach: Array | None,
     q: Array,
     query_features: Features,
     streams: list[Stream],
-) -> Any:
+) -> tuple[Array, Array, Array]:
     """`(out, lse, stream_lse)` as in `Attended`, for arrays `(B, L, H, ...)` whose masked keys are zero."""
-    return _forward(plans, offset, reach, q, query_features, streams)[0]
-
-
-def _forward(
-    plans: tuple[Plan, ...],
-    offset: Array,
-    reach: Array | None,
-    q: Array,
-    query_features: Features,
-    streams: list[Stream],
-) -> Any:
     heads = q.shape[2]
     row = functools.partial(_forward_row, plans, offset, [s.bias for s in streams])
     out, lse, stream_lse = dispatch.over_rows(row, *_rows(reach, q, query_features, streams))
     out, lse = _from_rows(out, heads), _from_rows(lse, heads)
-    stream_lse = jnp.stack([_from_rows(x, heads) for x in stream_lse])
-    return (out, lse, stream_lse), (offset, reach, q, query_features, streams, out, lse)
+    return out, lse, jnp.stack([_from_rows(x, heads) for x in stream_lse])
 
 
-def _backward(plans: tuple[Plan, ...], residuals: Any, cotangents: Any) -> Any:
-    offset, reach, q, query_features, streams, out, lse = residuals
-    g, g_lse, _ = cotangents
-    rows = (
-        *_rows(reach, q, query_features, streams),
-        # Where nothing was read, exp(z - lse) must vanish and not be exp(NEG_INF - NEG_INF) = 1.
-        _to_rows(jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)),
-        _to_rows(jnp.sum(g * out, axis=-1) - g_lse),
-        _to_rows(g.astype(q.dtype)),
-    )
+def backward(
+    plans: tuple[Plan, ...],
+    offset: Array,
+    reach: Array | None,
+    q: Array,
+    query_features: Features,
+    streams: list[Stream],
+    lse: Array,
+    delta: Array,
+    g: Array,
+) -> tuple[Array, Features, list[Stream]]:
+    """Gradients of queries, query features and streams, their keys and values of as many heads as the queries.
+
+    Args:
+      lse: of the forward pass, `(B, L, H)`; so large where nothing was read that `exp(-lse)` is 0.
+      delta: `(B, L, H)`, the cotangent of `out` times `out`, less that of `lse`.
+      g: the cotangent of `out`, in the type of `q`.
+    """
+    rows = (*_rows(reach, q, query_features, streams), _to_rows(lse), _to_rows(delta), _to_rows(g))
     biases = [s.bias for s in streams]
-    dq, d_query, d_streams = dispatch.over_rows(functools.partial(_backward_row, plans, offset, biases), *rows)
-    d_biases = [
-        None if s.bias is None else _bias_cotangent(plans[n], offset, n, s.bias, rows)
-        for n, s in enumerate(streams)
-    ]
-
-    def like(row: Array, primal: Array) -> Array:
-        return _from_rows(row, q.shape[2]).astype(primal.dtype)
-
+    gradients = dispatch.over_rows(functools.partial(_backward_row, plans, offset, biases), *rows)
+    dq, d_query, d_streams = jax.tree.map(lambda row: _from_rows(row, q.shape[2]), gradients)
     d_streams = [
-        d._replace(
-            keys=like(d.keys, s.keys),
-            values=like(d.values, s.values),
-            features=jax.tree.map(like, d.features, s.features),
-            bias=b,
-        )
-        for d, s, b in zip(d_streams, streams, d_biases)
+        d if s.bias is None else d._replace(bias=_bias_cotangent(plans[n], offset, n, s.bias, rows))
+        for n, (d, s) in enumerate(zip(d_streams, streams))
     ]
-    return None, None, like(dq, q), jax.tree.map(like, d_query, query_features), d_streams
-
-
-attend_tiled.defvjp(_forward, _backward)
+    return dq, d_query, d_streams
 
 
 # Rows.
@@ -133,8 +114,7 @@ def _rows(
     number = jnp.arange(batch * heads)
     row_streams = [
         _stream(
-            _to_rows(s.keys),
-            _to_rows(s.values),
+            *(_to_rows(repeat_heads(x, heads)) for x in (s.keys, s.values)),
             None if s.mask is None else jnp.repeat(s.mask, heads, axis=0),
             tuple(map(_to_rows, s.features)),
             jax.tree.map(lambda x: _to_rows(x).astype(int), s.span),  # as other positions

@@ -167,8 +167,8 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], x.shape[-1] // self.head_dim, self.head_dim)
 
     def checked(self, implementation: str | None) -> str | None:
-        """`implementation`, after an error if it is one that cannot be honoured."""
-        return implementation if implementation is None else dispatch.resolve(self.mechanism, implementation)
+        """`implementation`, after an error if there is none of that name."""
+        return dispatch.check_name(self.mechanism, implementation)
 
     def require_causal(self, what: str) -> None:
         if not self.causal:

@@ -19,6 +19,7 @@ is added by the block, and by the module only on request (`residual=True`). With
 import jax.numpy as jnp
 from flax import nnx
 
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.streaming import Stream, dense_weights
 from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, check_tokens, logical_axes
 from attn_jax.mechanisms.standard import standard_attention
@@ -45,7 +46,7 @@ def fuse(local: Array, memory: Array, ratio: Array | float) -> Array:
     weights=True,
     time="L M",
     memory="L + M",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class CrossMemoryAttention(ProjectedAttention):
     """Multi-head attention to a memory; see the file's documentation.

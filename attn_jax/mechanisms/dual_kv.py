@@ -23,6 +23,7 @@ from flax import nnx
 from jax import lax
 
 from attn_jax.aux import AuxMetric, record
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.streaming import Attended, Features, Stream, attend, dense_weights
 from attn_jax.mechanisms.base import Attention, KeyValueCache, check_tokens, logical_axes
 from attn_jax.registry import register
@@ -56,7 +57,7 @@ def dual_kv_attention(
       stream_bias: `(2, H)`, added to the logits of each stream.
       causal: query `i` sees keys `0..i` of both streams.
       scale: multiplies the dot products; None for `1 / sqrt(E)`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, H, V)` in the common dtype of `q` and the values.
@@ -118,7 +119,7 @@ class DualCache(NamedTuple):
     weights=True,
     time="2 L^2",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class DualKVAttention(Attention):
     """Multi-head dual-KV attention; see the file's documentation.

@@ -48,6 +48,7 @@ from jax import lax
 from jax.scipy.special import gammaln
 
 from attn_jax.aux import AuxMetric, record
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.gravity import SCALE, gravity_features, inverse_softplus, log_softplus, plummer
 from attn_jax.engine.plan import Features
 from attn_jax.engine.prefix import LinearState, linear_attention
@@ -85,7 +86,7 @@ def gravitational_attention(
       vacuum: logits of a sink, `(B, L, H)`: one more key, of value 0; None for none.
       mask: bool `(B, M)`, True = the key may be used.
       causal: query `i` sees keys `0..i`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, H, V)` in the common dtype of `q` and `v`; distances and masses are computed in float32.
@@ -229,7 +230,7 @@ class Draws(nnx.Variable):
     weights=True,
     time="L^2",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class GravitationalAttention(ProjectedAttention):
     """Multi-head gravitational attention; see the file's documentation.

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.gravity import SCALE, gravity_features, inverse_softplus, log_softplus, plummer
 from attn_jax.engine.plan import Features, Stream
 from attn_jax.mechanisms.base import logical_axes
@@ -59,7 +60,7 @@ def gravitational_multi_timescale_attention(
       power, softening: `p` and `eps`, `(H,)` or scalars.
       mask: bool `(B, L)`, True = the key may be used.
       causal: query `i` sees keys `0..i`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, T, H, V)` in the common dtype of `q` and `v`.
@@ -133,7 +134,7 @@ def _score(dot: Array, distance: Array, query: Features, key: Features) -> Array
     weights=True,
     time="T L reach",
     memory="T L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class GravitationalMultiTimescaleAttention(TimescaleAttention):
     """Multi-head gravitational multi-timescale attention; see the file's documentation.

@@ -15,6 +15,7 @@ this window slides, so neighbours always see each other.
 import jax.numpy as jnp
 from flax import nnx
 
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.streaming import Stream, attend, check_window, dense_weights
 from attn_jax.mechanisms.base import ProjectedAttention
 from attn_jax.registry import register
@@ -42,7 +43,7 @@ def local_attention(
       mask: bool `(B, M)`, True = the key may be used.
       causal: nothing on the right is seen.
       scale: multiplies the logits; None for `1 / sqrt(E)`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, H, V)` in the common dtype of `q` and `v`.
@@ -69,7 +70,7 @@ def local_attention(
     weights=True,
     time="L window",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class LocalAttention(ProjectedAttention):
     """Multi-head sliding-window attention; see the file's documentation.

@@ -27,6 +27,7 @@ from flax import nnx
 from jax import lax
 
 from attn_jax.aux import AuxMetric, record
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.streaming import Stream, attend, check_window
 from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, logical_axes
 from attn_jax.registry import register
@@ -62,7 +63,7 @@ def local_global_attention(
       mask: bool `(B, M)`, True = the key may be used.
       causal: of `k`, nothing on the right is seen.
       scale: multiplies the logits; None for `1 / sqrt(E)`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, H, V)` in the common dtype of `q` and the values.
@@ -96,7 +97,7 @@ def local_global_attention(
     weights=True,
     time="L (window + g)",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class LocalGlobalAttention(ProjectedAttention):
     """Multi-head sliding-window attention with global keys; see the file's documentation.

@@ -44,6 +44,7 @@ from jax import lax
 from jax.core import Tracer
 
 from attn_jax.aux import AuxLoss, AuxMetric, record
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.plan import accumulation
 from attn_jax.engine.streaming import Stream, attend, dense_weights
 from attn_jax.mechanisms.base import Attention, logical_axes, zero_masked
@@ -115,7 +116,7 @@ class DepthProjection(nnx.Module):
         return y + self.alpha * jnp.einsum("bdlr,drj->bdlj", read, self.up[...])
 
 
-@register("maw", causal=False, weights=True, time="L^2", memory="L", implementations=("dense", "xla"))
+@register("maw", causal=False, weights=True, time="L^2", memory="L", implementations=IMPLEMENTATIONS)
 class MultiAttentionWeight(Attention):
     """Multi-head attention of a routed depth; see the file's documentation.
 
@@ -135,7 +136,7 @@ class MultiAttentionWeight(Attention):
       temperature: of the softmax behind the route.
       entropy_weight: weight of minus the policy's entropy as an auxiliary loss, against an early collapse.
       router_dropout: rate, in training mode.
-      implementation: None, "dense" or "xla", of the attention.
+      implementation: of the attention, see `attn_jax.types.Implementation`; None to choose.
 
     Raises:
       ValueError: an unknown `projections` or `selection`, or a size that is not positive.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.plan import Features, Stream
 from attn_jax.mechanisms.timescales import (
     Bounds,
@@ -58,7 +59,7 @@ def multi_timescale_attention(
       mask: bool `(B, L)`, True = the key may be used.
       causal: query `i` sees keys `0..i`.
       scale: multiplies the dot products; None for `1 / sqrt(E)`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, T, H, V)` in the common dtype of `q` and `v`.
@@ -110,7 +111,7 @@ def _multiply(dot: Array, distance: Array, query: Features, key: Features) -> Ar
     weights=True,
     time="T L reach",
     memory="T L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class MultiTimescaleAttention(TimescaleAttention):
     """Multi-head multi-timescale attention; see the file's documentation.

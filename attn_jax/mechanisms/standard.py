@@ -11,6 +11,7 @@ all values.
 
 import jax.numpy as jnp
 
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.streaming import Features, Stream, attend, dense_weights
 from attn_jax.mechanisms.base import ProjectedAttention
 from attn_jax.registry import register
@@ -38,7 +39,7 @@ def standard_attention(
       causal: query `i` sees keys `0..i`.
       bias: broadcastable to `(B, H, L, M)`, added to the logits.
       scale: multiplies the logits; None for `1 / sqrt(E)`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, H, V)` in the common dtype of `q` and `v`.
@@ -93,7 +94,7 @@ def _split_bias(q: Array, k: Array, bias: Array | None) -> tuple[Features, Array
     weights=True,
     time="L^2",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class StandardAttention(ProjectedAttention):
     """Multi-head softmax attention; see the file's documentation.

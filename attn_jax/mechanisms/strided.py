@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.streaming import Attended, Features, Stream, attend, check_operands, dense_weights
 from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention
 from attn_jax.registry import register
@@ -62,7 +63,7 @@ def strided_attention(
       mask: bool `(B, M)`, True = the key may be used.
       causal: query `i` sees keys `0..i`.
       scale: multiplies the logits; None for `1 / sqrt(E)`.
-      implementation: None, "dense" or "xla".
+      implementation: see `attn_jax.types.Implementation`; None to choose.
 
     Returns:
       `(B, L, H, V)` in the common dtype of `q` and `v`.
@@ -200,7 +201,7 @@ def _admissible(pattern: Pattern, stride: int, heads: int, i: Array, j: Array) -
     weights=True,
     time="L^2 / stride + L stride",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class StridedAttention(ProjectedAttention):
     """Multi-head strided attention; see the file's documentation.

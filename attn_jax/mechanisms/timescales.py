@@ -31,7 +31,6 @@ from flax import nnx
 from jax import lax
 
 from attn_jax.aux import AuxMetric, record
-from attn_jax.engine import dispatch
 from attn_jax.engine.plan import Features, Score, Stream
 from attn_jax.engine.streaming import attend, dense_weights
 from attn_jax.mechanisms.base import Attention, KeyValueCache, check_tokens, logical_axes
@@ -117,7 +116,7 @@ class Discounted:
     ) -> Array:
         """`(B, L, H T, E)`; `self_masked`: masked tokens read nothing either, which leaves shorter reaches."""
         problem, reach = self, None
-        if self.bounds is not None and dispatch.resolve(self.operation, implementation) != "dense":
+        if self.bounds is not None and implementation != "dense":
             if self_masked and mask is not None:
                 # Times any distance but 0, the discount is below that of a masked key; and at 0 the key is masked.
                 problem = dataclasses.replace(self, log_gamma=jnp.where(mask[..., None], self.log_gamma, NEG_INF))

@@ -49,6 +49,7 @@ from jax.sharding import PartitionSpec as P
 
 from attn_jax.aux import AuxLoss, AuxMetric, record
 from attn_jax.engine import dispatch
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.plan import LOWEST_MAX
 from attn_jax.engine.streaming import Features, Stream, attend, dense_weights
 from attn_jax.mechanisms.base import ProjectedAttention, check_tokens
@@ -81,7 +82,7 @@ def vq_attention(
       mask: bool `(B, M)`, True = the key may be used; keys that may not are in no count.
       causal: query `i` sees keys `0..i`.
       block_length: tokens that are computed at once; no effect on the result.
-      implementation: None, "dense" (attention over all keys, by autodiff) or "xla" (linear in the length).
+      implementation: see `attn_jax.types.Implementation`; None to choose. "dense" is attention over all keys.
 
     Returns:
       `(B, L, H, V)` in the common dtype of `q` and `v`. Everything is computed in float32 (float64 where an
@@ -110,7 +111,7 @@ def _quantised_attention(
 ) -> tuple[Array, Array, Array]:
     """The output of `vq_attention`, and the codes of queries `(B, L, H)` and keys `(B, M, H)`."""
     name = "vq_attention"
-    implementation = dispatch.resolve(name, implementation)
+    choice = dispatch.choose(name, implementation)
     check_shape(name, "q", q, "(B, L, H, E)", (None,) * 4)
     batch, length, heads, width = q.shape
     keys = length if causal else None
@@ -137,9 +138,10 @@ def _quantised_attention(
     q_ok, k_ok = (jnp.isfinite(x).all(-1, keepdims=True) for x in (q, k))
     q, k, v = jnp.where(q_ok, q, 0), jnp.where(k_ok, k, 0), jnp.where(k_ok, v, jnp.nan)
 
-    dense = implementation == "dense"
     compute = (
-        functools.partial(_dense, causal) if dense else functools.partial(_linear, _Plan(causal, block_length))
+        functools.partial(_dense, causal)
+        if choice.dense
+        else functools.partial(_linear, _Plan(causal, block_length))
     )
     rows, columns = dispatch.mesh_axes("batch", batch), dispatch.mesh_axes("heads", heads)
     if rows or columns:
@@ -560,7 +562,7 @@ def _normalise(x: Array) -> Array:
     weights=True,
     time="L S",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class VQAttention(ProjectedAttention):
     """Multi-head vector-quantised attention; see the file's documentation.

@@ -1,0 +1,219 @@
+"""The fused attention kernels against dense attention in float64; see tests/kernels.py for where they run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+
+from attn_jax.engine.gravity import SCALE, gravity_features, plummer
+from attn_jax.engine.plan import Stream
+from attn_jax.engine.streaming import attend
+from pallas_kernels import attention, instructions
+from pallas_kernels.hardware import INTERPRETER, Hardware
+from tests.kernels import IMPLEMENTATION, ON_GPU, multiply_by, only_interpreted
+
+# Relative to the largest entry of each array. float32: sums of some hundred terms in another order. bfloat16 has 8
+# bits and float16 11: operands of the second product and gradients of logits are rounded to them once.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1.5e-3}
+
+
+def normal(rng, *shape, scale=1.0):
+    return rng.normal(size=shape) * scale
+
+
+def inputs(seed, length=70, lengths=(100,), batch=1, heads=1, key_heads=None, width=32, value_width=None):
+    """Queries and the keys and values of streams, as NumPy arrays."""
+    rng = np.random.default_rng(seed)
+    key_heads = key_heads or heads
+    q = normal(rng, batch, length, heads, width, scale=width**-0.5)
+    streams = [
+        {
+            "keys": normal(rng, batch, m, key_heads, width),
+            "values": normal(rng, batch, m, key_heads, value_width or width),
+        }
+        for m in lengths
+    ]
+    return rng, {"q": q, "query_features": (), "streams": streams}
+
+
+def differentiated(arrays, statics, options, dtype, implementation):
+    """Output, lse, each stream's lse, and the gradients of every array; cotangents of the first two are random."""
+    half = jnp.dtype(dtype)
+
+    def cast(path, x):
+        is_feature = any("features" in str(k) for k in path)
+        return jnp.asarray(x, jnp.promote_types(half, jnp.float32) if is_feature else half)
+
+    arrays = jax.tree_util.tree_map_with_path(cast, arrays)
+
+    def run(arrays):
+        streams = [Stream(**s, **static) for s, static in zip(arrays["streams"], statics)]
+        features = arrays["query_features"]
+        return attend(arrays["q"], streams, query_features=features, implementation=implementation, **options)
+
+    def loss(arrays):
+        out, lse, _ = run(arrays)
+        rng = np.random.default_rng(99)
+        g, h = rng.normal(size=out.shape), rng.normal(size=lse.shape)
+        return jnp.sum(out * g.astype(out.dtype)) + jnp.sum(jnp.where(lse > -1e29, lse, 0) * h), run(arrays)
+
+    (_, attended), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return attended, gradients
+
+
+def check(arrays, statics=None, dtype="float32", **options):
+    """The kernel agrees with dense attention in float64 on the same numbers."""
+    dtype = "bfloat16" if ON_GPU and dtype == "float32" else dtype  # the interpreter alone multiplies float32
+    statics = statics or [{} for _ in arrays["streams"]]
+    arrays = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), np.float64), arrays)  # what both get to see
+    with jax.enable_x64(True):
+        expected = differentiated(arrays, statics, options, "float64", "dense")
+    actual = differentiated(arrays, statics, options, dtype, IMPLEMENTATION)
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, want), got in zip(leaves, jax.tree.leaves(actual), strict=True):
+        want, got = (np.asarray(x, np.float64) for x in (want, got))
+        assert want.shape == got.shape and np.isfinite(got).all()
+        nothing = want < -1e29  # the logsumexp of no keys
+        np.testing.assert_array_equal(got < -1e29, nothing)
+        error = np.abs(np.where(nothing, 0, got - want)).max(initial=0)
+        scale = np.abs(np.where(nothing, 0, want)).max(initial=1e-3)
+        assert error <= TOLERANCE[dtype] * scale, f"{jax.tree_util.keystr(path)}: {error / scale:.1e}"
+
+
+@pytest.fixture(params=["mma", "wgmma"])
+def instruction(request, monkeypatch):
+    multiply_by(request.param, monkeypatch)
+
+
+def test_plain(instruction):
+    check(inputs(0, batch=2, heads=2)[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(instruction, dtype):
+    check(inputs(1, width=64)[1], dtype=dtype, causal=True)
+
+
+def test_several_streams_share_one_softmax(instruction):
+    """Ragged, one of them empty, one masked."""
+    rng, arrays = inputs(2, lengths=(100, 0, 33))
+    check(arrays, [{"mask": rng.random((1, 100)) < 0.7}, {}, {}], causal=True, query_offset=40)
+
+
+def test_examples_and_rows_without_keys(instruction):
+    _, arrays = inputs(3, batch=2, lengths=(70,))
+    mask = np.stack([np.zeros(70, bool), np.arange(70) > 30])
+    check(arrays, [{"mask": mask}], causal=True)
+
+
+@pytest.mark.parametrize("window", [(0, 0), (5, 3), (90, 0)])
+def test_windows(window):
+    check(inputs(4, length=150, lengths=(150,))[1], window=window)
+
+
+def test_a_traced_offset():
+    _, arrays = inputs(5, lengths=(150,))
+    check(arrays, causal=True, query_offset=jnp.int32(77))
+
+
+def test_grouped_heads_and_other_value_widths():
+    check(inputs(6, heads=4, key_heads=2, width=20, value_width=40)[1])
+
+
+def test_unordered_streams_know_no_positions():
+    check(inputs(7, lengths=(70, 40))[1], [{}, {"ordered": False}], window=10)
+
+
+def test_spans():
+    rng, arrays = inputs(8, length=130, lengths=(150,))
+    first = np.sort(rng.integers(0, 150, size=(1, 130, 1)), axis=1)
+    check(arrays, [{"span": (first, first + 20)}])
+
+
+def test_features_are_differentiated_inside_the_tile(instruction):
+    """Gravity: three features of queries, one of which has no derivative, and two of keys, one masked."""
+    rng, arrays = inputs(9, lengths=(70,))
+    q, k = arrays["q"], arrays["streams"][0]["keys"]
+    query, key = gravity_features("test", q, k, normal(rng, 1, 70, 1), 2.0, 0.5)
+    arrays["query_features"], arrays["streams"][0]["features"] = query, key
+    check(arrays, [{"mask": rng.random((1, 70)) < 0.8}], score=plummer, scale=SCALE, causal=True)
+
+
+def discounted(dot, distance, query, key):
+    return dot + key[0] + jnp.abs(distance) * query[0]
+
+
+def test_distances_and_reach():
+    rng, arrays = inputs(10, length=300, lengths=(300,))
+    arrays["query_features"] = (np.full((1, 300, 1), -2.0),)
+    arrays["streams"][0]["features"] = (normal(rng, 1, 300, 1),)
+    check(arrays, score=discounted, reach=jnp.full((1, 1), 40))
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        attention.Tiling((32, 64), (32, 32), (64, 32), 1),
+        attention.Tiling((128, 32), (64, 128), (32, 64), 3),
+    ],
+)
+def test_tiles_and_stages_change_nothing(tiling, monkeypatch):
+    monkeypatch.setattr(attention, "tiling_for", lambda hardware: tiling)
+    check(inputs(11, lengths=(150, 40))[1], causal=True)
+
+
+def test_it_maps():
+    """`vmap` over examples gives what the batch gives."""
+    _, arrays = inputs(12, batch=2)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (arrays["q"], *arrays["streams"][0].values()))
+
+    def run(q, k, v):
+        return attend(q, [Stream(k, v)], causal=True, implementation=IMPLEMENTATION).out
+
+    mapped = jax.vmap(lambda *x: run(*(a[None] for a in x))[0])(q, k, v)
+    np.testing.assert_array_equal(mapped, run(q, k, v))
+
+
+@pytest.fixture
+def raced():
+    """The interpreter remembers a kernel that failed."""
+    yield
+    reset_gpu_interpret_mode_state()
+
+
+@only_interpreted
+@pytest.mark.parametrize("removed", ["barrier_wait", "commit_smem"])
+def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
+    """What makes the absence of reports above mean something."""
+    del raced
+    from jax._src.pallas.mosaic_gpu import primitives
+
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    monkeypatch.setattr(primitives, removed, nothing)
+    monkeypatch.setattr(instructions.plgpu, removed, nothing)
+    _, arrays = inputs(13, length=64, lengths=(256,))
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (arrays["q"], *arrays["streams"][0].values()))
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        jax.block_until_ready(attend(q, [Stream(k, v)], implementation="mosaic_interpret"))
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        ({"dtype": jnp.float32}, "float32"),
+        ({"width": 200}, "200"),
+        ({"bias": True}, "bias"),
+        ({"shared_memory": 20_000}, "20,000"),
+    ],
+)
+def test_what_does_not_fit_is_declined_with_its_reason(change, reason):
+    hardware = Hardware(shared_memory=change.get("shared_memory", INTERPRETER.shared_memory))
+    x = jnp.zeros((1, 8, 2, change.get("width", 64)), change.get("dtype", jnp.bfloat16))
+    stream = Stream(x, x, bias=jnp.zeros((1, 1, 8, 8)) if "bias" in change else None)
+    decline = functools.partial(attention.unsupported, hardware)
+    assert reason in decline(x, 0, [stream])
+    fits = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    assert attention.unsupported(INTERPRETER, fits, 0, [Stream(fits, fits)]) is None
