@@ -15,10 +15,10 @@ from tests.kernels import IMPLEMENTATION, ON_GPU, only_interpreted
 from tests.test_recurrence import oracle_scan, scan_inputs
 
 # Relative to the largest entry of each array. float32: chains of some hundred products and sums, on a GPU of
-# exponentials that are wrong by 2 units in the last place. bfloat16: results are rounded to its 8 bits, by half a
-# unit in the last place; what goes in is the same on both sides.
+# exponentials that are wrong by 2 units in the last place. Results are rounded to the 8 bits of bfloat16 or the 11
+# of float16, by half a unit in the last place; what goes in is the same on both sides.
 FLOAT32 = 1e-5 if ON_GPU else 2e-6
-BFLOAT16 = 2**-8 + FLOAT32
+HALF = {"bfloat16": 2**-8 + FLOAT32, "float16": 2**-11 + FLOAT32}
 
 
 @pytest.fixture(autouse=True)
@@ -80,9 +80,10 @@ def test_more_states_than_a_thread_holds_and_masked_tokens():
     check(rounded(scan_inputs(0, 9, 1, 3, 35)), mask=np.random.default_rng(0).random((1, 9)) < 0.7)
 
 
-def test_half_precision_inputs():
-    dtypes = {"u": "bfloat16", "delta": "bfloat16"}
-    check(rounded(scan_inputs(1, 20, 1, 6, 4), dtypes), tolerance=BFLOAT16)
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_inputs(dtype):
+    dtypes = {"u": dtype, "delta": dtype}
+    check(rounded(scan_inputs(1, 20, 1, 6, 4), dtypes), tolerance=HALF[dtype])
 
 
 @only_interpreted
