@@ -14,13 +14,16 @@ The forward pass keeps the state at the start of every interval and nothing else
 states of one interval again. Time `O(L E N)`, memory `O(L E)` for what goes in and out and
 `O(B (L / interval) E N + B chunk E N)` besides.
 
-Two forms of the same sums. A CPU walks over time with the state as `(N, E)`: channels last fill the vector
-units, one step is one fused loop, and what bounds it is the exponential. Everything else would wait for `L` tiny
-steps, so there a chunk is one associative scan, and only the chunks follow one another.
+Three forms of the same sums. A CPU walks over time with the state as `(N, E)`: channels last fill the vector
+units, one step is one fused loop, and what bounds it is the exponential. On NVIDIA GPUs a fused kernel walks over
+time with the state in registers (`pallas_kernels.scan`). Everything else would wait for `L` tiny steps, so there a
+chunk is one associative scan, and only the chunks follow one another. All three keep the same states, so that a
+program holds them all and the platform that it is compiled for chooses.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from attn_jax.engine import dispatch
 from attn_jax.types import Array, check_mask, check_shape
+from pallas_kernels.hardware import Hardware
 
 # Steps between two kept states. The backward pass on a CPU holds the states of one interval and one block of
 # channels: these two sizes keep them in the second-level cache (512 KiB with 16 states).
@@ -63,7 +67,9 @@ def selective_scan(
         hold.
       initial_state: `(B, E, N)`, None for zeros.
       chunk: at most so many steps are computed at once where that is done; no effect on the result.
-      implementation: None, "dense" (one step after the other, differentiated by autodiff) or "xla".
+      implementation: "dense" (one step after the other, differentiated by autodiff), "xla", "mosaic" (the fused
+        GPU kernel, which computes in float32), "mosaic_interpret" (the same in an interpreter, on any machine), or
+        None: "mosaic" on NVIDIA GPUs where it can be had, else "xla".
 
     Returns:
       `y` `(B, L, E)` in the dtype of `u`, and the state after the last step `(B, E, N)`, float32. Everything is
@@ -71,10 +77,10 @@ def selective_scan(
 
     Raises:
       ValueError: arguments that do not fit together, or an unknown implementation.
-      NotImplementedError: an implementation that does not exist for this operation.
+      NotImplementedError: an implementation that cannot be had here, with the reason.
     """
     name = "selective_scan"
-    choice = dispatch.choose(name, implementation)
+    dispatch.check_name(name, implementation)
     check_shape(name, "u", u, "(B, L, E)", (None, None, None))
     check_shape(name, "a", a, "(E, N)", (u.shape[2], None))
     (batch, length, channels), states = u.shape, a.shape[1]
@@ -102,9 +108,14 @@ def selective_scan(
         # delta = 0 keeps the state: exp(0) h + 0.
         u, delta, b, c = (jnp.where(mask[:, :, None], x, 0) for x in (u, delta, b, c))
     start = jnp.zeros((batch, channels, states), dtype) if initial_state is None else initial_state
+    choice = dispatch.choose(
+        name, implementation, lambda hardware: _kernels().unsupported(dtype, states, hardware)
+    )
     inputs = [jnp.asarray(x, dtype) for x in (u, delta, a.T, b, c, d, start.swapaxes(1, 2))]
+    if choice.hardware is not None:
+        inputs[:2] = u, delta  # the kernel widens them on the chip
 
-    compute = _scan_dense if choice.dense else functools.partial(_scan, chunk)
+    compute = _scan_dense if choice.dense else functools.partial(_scan, chunk, choice.hardware)
     rows, columns = dispatch.mesh_axes("batch", batch), dispatch.mesh_axes("mlp", channels)
     if rows or columns:
         token, shared, state = P(rows, None, columns), P(rows), P(rows, None, columns)
@@ -131,42 +142,85 @@ def _scan_dense(
     return jnp.moveaxis(y, 0, 1), final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(
-    chunk: int, u: Array, delta: Array, a: Array, b: Array, c: Array, d: Array, start: Array
+    chunk: int,
+    hardware: Hardware | None,
+    u: Array,
+    delta: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    d: Array,
+    start: Array,
 ) -> tuple[Array, Array]:
-    return _forward(chunk, u, delta, a, b, c, d, start)[0]
+    return _forward(chunk, hardware, u, delta, a, b, c, d, start)[0]
 
 
 def _forward(
-    chunk: int, u: Array, delta: Array, a: Array, b: Array, c: Array, d: Array, start: Array
+    chunk: int,
+    hardware: Hardware | None,
+    u: Array,
+    delta: Array,
+    a: Array,
+    b: Array,
+    c: Array,
+    d: Array,
+    start: Array,
 ) -> tuple[tuple[Array, Array], Any]:
-    cut = _Cut.of(u.shape[1], chunk)
-    y, kept, final = lax.platform_dependent(
+    cut = _Cut.of(u.shape[1], chunk, _interval(a.shape[0], hardware))
+    y, kept, final = _on_platform(
+        hardware,
+        _forward_fused,
+        _forward_by_step,
+        functools.partial(_forward_by_chunk, cut),
         a,
         d,
         *map(cut.intervals, (u, delta, b, c)),
         start,
-        cpu=_forward_by_step,
-        default=functools.partial(_forward_by_chunk, cut),
     )
     return (cut.join(y), final), (u, delta, a, b, c, d, kept)
 
 
-def _backward(chunk: int, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Array, ...]:
+def _backward(
+    chunk: int, hardware: Hardware | None, residuals: Any, cotangents: tuple[Array, Array]
+) -> tuple[Array, ...]:
     u, delta, a, b, c, d, kept = residuals
     dy, g = cotangents
-    cut = _Cut.of(u.shape[1], chunk)
-    du, ddelta, db, dc, da, dd, g = lax.platform_dependent(
+    cut = _Cut.of(u.shape[1], chunk, _interval(a.shape[0], hardware))
+    du, ddelta, db, dc, da, dd, g = _on_platform(
+        hardware,
+        _backward_fused,
+        _backward_by_step,
+        functools.partial(_backward_by_chunk, cut),
         a,
         d,
         *map(cut.intervals, (u, delta, b, c, dy)),
         kept,
         g,
-        cpu=_backward_by_step,
-        default=functools.partial(_backward_by_chunk, cut),
     )
-    return cut.join(du), cut.join(ddelta), da, cut.join(db), cut.join(dc), dd, g
+    du, ddelta = cut.join(du).astype(u.dtype), cut.join(ddelta).astype(delta.dtype)
+    return du, ddelta, da, cut.join(db), cut.join(dc), dd, g
+
+
+def _on_platform(
+    hardware: Hardware | None,
+    fused: Callable[..., Any],
+    by_step: Callable[..., Any],
+    by_chunk: Callable[..., Any],
+    *arrays: Array,
+) -> Any:
+    """The form for the platform that the program is compiled for; `fused` only for a given `hardware`."""
+    if hardware is None:
+        return lax.platform_dependent(*arrays, cpu=by_step, default=by_chunk)
+    kernel = functools.partial(fused, hardware)
+    if hardware.interpret:
+        return kernel(*arrays)
+
+    def wide(form: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arrays: form(*(x.astype(jnp.float32) for x in arrays))
+
+    return lax.platform_dependent(*arrays, cpu=wide(by_step), cuda=kernel, default=wide(by_chunk))
 
 
 _scan.defvjp(_forward, _backward)
@@ -183,10 +237,11 @@ class _Cut(NamedTuple):
     interval: int
 
     @classmethod
-    def of(cls, length: int, chunk: int) -> "_Cut":
+    def of(cls, length: int, chunk: int, interval: int | None = None) -> "_Cut":
+        """`interval`: where it is prescribed."""
         steps = math.ceil(length / math.ceil(length / chunk))
-        parts = math.ceil(steps / _INTERVAL)
-        return cls(length, parts, math.ceil(steps / parts))
+        parts = math.ceil(steps / (interval or _INTERVAL))
+        return cls(length, parts, interval or math.ceil(steps / parts))
 
     def intervals(self, x: Array) -> Array:
         """`(B, L, ...)` to `(B, intervals, interval, ...)`."""
@@ -206,6 +261,28 @@ class _Cut(NamedTuple):
     def join(self, x: Array) -> Array:
         """`(B, intervals, interval, ...)` back to `(B, L, ...)`."""
         return x.reshape(x.shape[0], -1, x.shape[-1])[:, : self.length]
+
+
+# In the registers of a GPU. The same arrays as step by step.
+
+
+def _kernels() -> Any:
+    from pallas_kernels import scan  # takes most of a second, for JAX's kernel language
+
+    return scan
+
+
+def _interval(states: int, hardware: Hardware | None) -> int | None:
+    """What the kernels prescribe."""
+    return None if hardware is None else _kernels().interval(states, hardware)
+
+
+def _forward_fused(hardware: Hardware, *arrays: Array) -> tuple[Array, Array, Array]:
+    return _kernels().forward(*arrays, hardware=hardware)
+
+
+def _backward_fused(hardware: Hardware, *arrays: Array) -> tuple[Array, ...]:
+    return _kernels().backward(*arrays, hardware=hardware)
 
 
 # Step by step (CPU), one sequence after the other. u, delta, dy (B, intervals, interval, E); b, c the same with N.
