@@ -189,7 +189,7 @@ class _Processes:
             return {"status": "stopped"}
         with tempfile.TemporaryFile("w+", errors="replace") as errors:
             with subprocess.Popen(
-                [sys.executable, "-m", "eval.aot", aot.dumps(job)],
+                [sys.executable, "-m", "eval.aot", job.to_json()],
                 cwd=ROOT,
                 env=environment(),
                 stdout=subprocess.PIPE,
@@ -210,7 +210,7 @@ class _Processes:
                 return {"status": f"stopped after {self.timeout:.0f} s"}
             errors.seek(0)
             lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
-            last = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
+            last = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
             return {"status": f"the compiler ended the process ({process.returncode}): {last[:200]}"}
 
 
