@@ -33,13 +33,15 @@ def finished(entry: Entry) -> bool:
 
 
 def succeeded(entry: Entry) -> bool:
-    """Whether all of its programs compile."""
+    """Whether its programs compile; those for longer sequences than the shortest may need too much memory."""
     return not _problem(entry)
 
 
 def _problem(entry: Entry) -> str:
-    programs = entry.get("programs", [entry])
-    return next((p["status"] for p in programs if p["status"] != "ok"), "")
+    if "programs" not in entry:  # a training step, or a process that ended
+        return "" if entry["status"] == "ok" else entry["status"]
+    shortest = [p["status"] for p in entry["programs"] if p["length"] == entry["lengths"][0]]
+    return next((status for status in shortest if status != "ok"), "")
 
 
 def merged_kernels(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -155,13 +157,10 @@ def _resources(kernel: Mapping[str, Any], target: Target) -> dict[str, str]:
 def _memory(entries: Entries) -> str:
     parts = []
     for target in _targets(entries):
-        rows = []
-        for kind in ("module", "dense"):
-            for entry in _of_kind(entries, kind):
-                if entry["target"] == target and "programs" in entry:
-                    rows.append(_memory_row(entry))
-        if rows:
-            parts.append(f"### {target}\n\n{table(rows)}")
+        found = [e for kind in ("module", "dense") for e in _of_kind(entries, kind) if "programs" in e]
+        if here := [e for e in found if e["target"] == target]:
+            parts += [f"### {target}", table([_memory_row(e) for e in here])]
+            parts += filter(None, ["\n".join(reason for e in here for reason in _too_long(e))])
     if not parts:
         return ""
     return _section(
@@ -171,6 +170,14 @@ def _memory(entries: Entries) -> str:
         " what it can in the vector memory of a TPU, and does not count it.",
         *parts,
     )
+
+
+def _too_long(entry: Entry) -> Iterator[str]:
+    """Why there are programs that do not compile."""
+    for program in entry["programs"]:
+        if program["status"] != "ok":
+            what = f"{entry['mechanism']}, {program['length']:,} tokens, {program['pass']}"
+            yield f"- no: {what}{', dense' if entry['kind'] == 'dense' else ''}: {_cell(program['status'])}"
 
 
 def _memory_row(entry: Entry) -> dict[str, str]:

@@ -211,7 +211,7 @@ class _Processes:
             errors.seek(0)
             lines = [line.strip() for line in errors.read().splitlines() if line.strip()]
             last = next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
-            return {"status": f"the compiler ended the process ({process.returncode}): {last[:200]}"}
+            return {"status": f"the process ended with {process.returncode}: {last[:200]}"}
 
 
 def _listen(job: aot.Job, process: subprocess.Popen[str]) -> dict[str, Any] | None:

@@ -202,7 +202,7 @@ def test_an_interrupted_command_goes_on_and_a_finished_one_has_nothing_to_do(ins
 @pytest.mark.parametrize("change", ["lengths", "versions", "code", "died"])
 def test_what_would_be_found_anew_is_compiled_anew(installed, tmp_path, capsys, monkeypatch, change):
     if change == "died":
-        installed.result = lambda job: {"status": "the compiler ended the process (-6): LLVM ERROR"}
+        installed.result = lambda job: {"status": "the process ended with -6: LLVM ERROR"}
         code, _, error = compile_two(capsys, tmp_path)
         assert code == 1 and "2 of 2 did not compile: h100 local module, h100 vq module" in error
         assert "LLVM ERROR" in (tmp_path / "targets.md").read_text()
@@ -215,6 +215,17 @@ def test_what_would_be_found_anew_is_compiled_anew(installed, tmp_path, capsys, 
         monkeypatch.setattr(targets, "fingerprint", lambda: "1")
     assert compile_two(capsys, tmp_path, *(["--lengths", "32"] if change == "lengths" else []))[0] == 0
     assert len(installed.started) == 4
+
+
+def test_a_sequence_too_long_for_the_memory_is_a_result_and_no_failure(installed, tmp_path, capsys):
+    full = {"pass": PASSES[1], "length": 128, "status": "JaxRuntimeError: RESOURCE_EXHAUSTED: 20G of 16G"}
+    installed.result = lambda job: RECORD | {"programs": [*RECORD["programs"], full]}
+    assert compile_two(capsys, tmp_path, "--lengths", "64,128")[0] == 0
+    text = (tmp_path / "targets.md").read_text()
+    assert (
+        re.search(r"\| `local` +\| XLA", text) and "- no: local, 128 tokens, forward+backward: JaxRuntime" in text
+    )
+    assert compile_two(capsys, tmp_path, "--lengths", "128")[0] == 1
 
 
 def interpreter(tmp_path, script):
@@ -231,7 +242,7 @@ def test_a_compiler_that_ends_its_process_is_a_result(tmp_path, monkeypatch, cap
     )
     monkeypatch.setattr(sys, "executable", interpreter(tmp_path, script))
     record = targets._Processes(timeout=60).run(aot.Job("h100", "local"))
-    assert record == {"status": "the compiler ended the process (-6): LLVM ERROR: Cannot select"}
+    assert record == {"status": "the process ended with -6: LLVM ERROR: Cannot select"}
     assert "h100 local module: so far" in capsys.readouterr().err
 
 
