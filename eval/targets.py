@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -59,15 +60,16 @@ def main(argv: list[str]) -> None:
     entries = _read(args.output.with_suffix(".json"))
     if args.check:
         return _check(args, entries)
+    code = fingerprint()  # before anybody changes it
     jobs = list(_jobs(args))
-    todo = [job for job in jobs if not is_current(entries.get(job.key), job)]
+    todo = [job for job in jobs if not is_current(entries.get(job.key), job, code)]
     _say(f"{len(jobs) - len(todo)} of {len(jobs)} are recorded in {args.output.with_suffix('.json')}")
     with cli.user_errors(OSError):
         args.output.parent.mkdir(parents=True, exist_ok=True)
     for job, record in _compile_all(todo, args):
-        entries[job.key] = _entry(job, record)
-        _write(args.output, entries)
-    _write(args.output, entries)
+        entries[job.key] = _entry(job, record, code)
+        _write(args.output, entries, code)
+    _write(args.output, entries, code)
     print(f"written to {args.output} and {args.output.with_suffix('.json')}")
     failed = [job.key for job in jobs if not target_report.succeeded(entries[job.key])]
     if failed:
@@ -91,7 +93,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--quick", action="store_true", help="a small selection; the options above change it")
     add("--check", action="store_true", help="compile the recorded kernels again; exit code 1 where one got worse")
     add("--jobs", type=int, default=cores(), help="processes at once (default: one per core, %(default)s)")
-    add("--timeout", type=float, default=1800, metavar="S", help="seconds for a process (default: %(default)s)")
+    add("--timeout", type=float, default=3600, metavar="S", help="seconds for a process (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="Markdown, JSON beside it; default: docs/targets.md")
     args = parser.parse_args(argv)
     if args.jobs < 1 or args.timeout <= 0:
@@ -229,33 +231,31 @@ def _listen(job: aot.Job, process: subprocess.Popen[str]) -> dict[str, Any] | No
 
 def environment() -> dict[str, str]:
     """Of the processes that compile."""
-    import os
-
-    return {**os.environ, **vendors.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **vendors.ENVIRONMENT}
 
 
 # Records.
 
 
-def is_current(entry: Entry | None, job: aot.Job) -> bool:
-    """Whether a recorded entry is what `job` would find out again."""
+def is_current(entry: Entry | None, job: aot.Job, code: str) -> bool:
+    """Whether a recorded entry is what `job` would find out again about `code`."""
     if entry is None or not target_report.finished(entry):
         return False
     same = {name: entry.get(name) for name in ("lengths", "versions", "code")}
     return same == {
         "lengths": list(job.lengths),
         "versions": vendors.versions(vendors.TARGETS[job.target].family),
-        "code": fingerprint(),
+        "code": code,
     }
 
 
-def _entry(job: aot.Job, record: dict[str, Any]) -> Entry:
+def _entry(job: aot.Job, record: dict[str, Any], code: str) -> Entry:
     return {
         **dataclasses.asdict(job),
         "lengths": list(job.lengths),
         "date": datetime.date.today().isoformat(),
         "versions": vendors.versions(vendors.TARGETS[job.target].family),
-        "code": fingerprint(),
+        "code": code,
         **record,
     }
 
@@ -276,10 +276,10 @@ def _read(path: Path) -> Entries:
         return json.loads(path.read_text())
 
 
-def _write(output: Path, entries: Entries) -> None:
+def _write(output: Path, entries: Entries, code: str) -> None:
     order = {key: entries[key] for key in sorted(entries)}
     replace(output.with_suffix(".json"), (json.dumps(order, indent=1) + "\n").encode())
-    replace(output, target_report.markdown(order, fingerprint()).encode())
+    replace(output, target_report.markdown(order, code).encode())
 
 
 # The gate.
