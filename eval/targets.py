@@ -27,7 +27,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +159,8 @@ def _jobs(args: argparse.Namespace) -> Iterator[aot.Job]:
 
 def _compile_all(jobs: Sequence[aot.Job], args: argparse.Namespace) -> Iterator[tuple[aot.Job, dict[str, Any]]]:
     """The records of `jobs` as they are finished."""
-    with closing(_Processes(args.timeout)) as processes, ThreadPoolExecutor(args.jobs) as executor:
+    processes = _Processes(args.timeout)
+    with ThreadPoolExecutor(args.jobs) as executor:
         running = {executor.submit(processes.run, job): job for job in jobs}
         try:
             for number, future in enumerate(as_completed(running), 1):

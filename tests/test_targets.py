@@ -5,6 +5,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -251,6 +253,18 @@ def test_a_process_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
     assert targets._Processes(timeout=0.2).run(aot.Job("h100", "local")) == {"status": "stopped after 0 s"}
 
 
+def test_processes_end_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", interpreter(tmp_path, "echo '{}'; exec sleep 60"))
+    processes = targets._Processes(timeout=60)
+    with ThreadPoolExecutor(1) as executor:
+        running = executor.submit(processes.run, aot.Job("h100", "local"))
+        while not processes.running:
+            time.sleep(0.01)
+        processes.close()
+        assert running.result(timeout=30)["status"].startswith("the process ended with -9")
+    assert processes.run(aot.Job("h100", "local")) == {"status": "stopped"}
+
+
 # The gate.
 
 KERNEL = {"registers": 128, "spill_bytes": 0, "serialised": 0, "shared_memory": 1000}
@@ -264,6 +278,16 @@ def entry(kernels, **changes):
         | {"versions": {"jax": "1.0"}, "code": "0", "date": "", "memory": "L", "programs": programs}
         | changes
     )
+
+
+def test_a_kernel_is_the_largest_of_all_programs():
+    """Those of several lengths, of which each needs most of something."""
+    first, second = KERNEL | {"instructions": {"HGMMA": 8}}, KERNEL | {"registers": 96, "shared_memory": 2000}
+    programs = [{"kernels": {"a": first}}, {"kernels": {}}, {"kernels": {"a": second, "b": KERNEL}}]
+    assert target_report.merged_kernels({"programs": programs}) == {
+        "a": {**KERNEL, "instructions": {"HGMMA": 8}, "shared_memory": 2000},
+        "b": KERNEL,
+    }
 
 
 def test_the_gate_accepts_what_is_no_worse():
