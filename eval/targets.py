@@ -21,6 +21,7 @@ import datetime
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import attn_jax
 from eval import aot, target_report, vendors
@@ -56,9 +57,15 @@ QUICK: Mapping[str, Any] = {
 def main(argv: list[str]) -> None:
     """Compiles what the command line `argv` (without the program) asks for."""
     args = _parse(argv)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        _check(args) if args.check else _record(args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _record(args: argparse.Namespace) -> None:
     entries = _read(args.output.with_suffix(".json"))
-    if args.check:
-        return _check(args, entries)
     code = fingerprint()  # before anybody changes it
     jobs = list(_jobs(args))
     todo = [job for job in jobs if not is_current(entries.get(job.key), job, code)]
@@ -73,6 +80,11 @@ def main(argv: list[str]) -> None:
     failed = [job.key for job in jobs if not target_report.succeeded(entries[job.key])]
     if failed:
         raise cli.RunError(f"{len(failed)} of {len(jobs)} did not compile: {', '.join(failed)}")
+
+
+def _stop(signum: int, frame: Any) -> NoReturn:
+    """Ends the command as the interrupt key does, which ends its processes."""
+    raise cli.Interrupted("what is compiled is recorded; the same command goes on from there", signum)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -199,6 +211,8 @@ class _Processes:
                 text=True,
             ) as process:
                 self.running.add(process)
+                if self.closed:  # meanwhile
+                    process.kill()
                 timer = threading.Timer(self.timeout, process.kill)
                 timer.start()
                 record = _listen(job, process)
@@ -292,7 +306,8 @@ class Complaint(NamedTuple):
     what: str
 
 
-def _check(args: argparse.Namespace, entries: Entries) -> None:
+def _check(args: argparse.Namespace) -> None:
+    entries = _read(args.output.with_suffix(".json"))
     jobs = recorded_jobs(entries, args.targets, args.mechanisms)
     if not jobs:
         jax = vendors.versions("CUDA")["jax"]

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -263,6 +265,27 @@ def test_processes_end_with_the_command(tmp_path, monkeypatch):
         processes.close()
         assert running.result(timeout=30)["status"].startswith("the process ended with -9")
     assert processes.run(aot.Job("h100", "local")) == {"status": "stopped"}
+
+
+def test_a_command_that_is_told_to_stop_takes_its_processes_with_it(tmp_path):
+    """Of which one is compiling, as far as it knows, when the signal arrives."""
+    sleeper = interpreter(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    script = (
+        "import sys; from eval import targets, vendors; from train import cli; "
+        "vendors.obstacle = lambda family: None; "
+        f"sys.executable = {sleeper!r}; cli.run(targets.main, sys.argv[1:])"
+    )
+    argv = ["--targets", "h100", "--mechanisms", "local", "--output", str(tmp_path / "targets.md")]
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *argv], cwd=targets.ROOT, stderr=subprocess.PIPE
+    ) as command:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+            time.sleep(0.05)
+        command.terminate()
+        _, error = command.communicate(timeout=30)
+    assert command.returncode == 128 + signal.SIGTERM and b"stopped: what is compiled is recorded" in error
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 # The gate.
