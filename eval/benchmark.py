@@ -97,7 +97,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         _say(f"no peer is known for {', '.join(alone)}, only for {', '.join(peers.MECHANISMS)}")
     with cli.user_errors(ValueError):  # unsuitable widths, before anything is measured
         for name in args.mechanisms:
-            nnx.eval_shape(lambda name=name: _build(name, args))
+            nnx.eval_shape(lambda name=name: build_module(name, args))
     return args
 
 
@@ -169,7 +169,8 @@ def _write_json(path: Path, result: dict[str, Any]) -> None:
 # Modules.
 
 
-def _build(name: str, args: argparse.Namespace, **options: Any) -> Any:
+def build_module(name: str, args: argparse.Namespace, **options: Any) -> Any:
+    """The mechanism as `args` (dim, heads, causal, dtype) ask for it, in evaluation mode."""
     common = {"dim": args.dim, "num_heads": args.heads, "causal": args.causal, "dtype": args.dtype}
     module = attn_jax.build(name, rngs=nnx.Rngs(0), **common | options)
     module.eval()
@@ -188,8 +189,8 @@ def _apply_weights(module: Any, x: Array) -> Array:
     return module.out(jnp.einsum("bhlm,bmhe->blhe", module.mix_weights(q, k, None), v).reshape(x.shape))
 
 
-def _passes(graph: Any, call: Callable[..., Any] = operator.call) -> dict[str, Callable[..., Any]]:
-    """What is timed, as functions of parameters, other variables, inputs and a cotangent of the outputs."""
+def passes(graph: Any, call: Callable[..., Any] = operator.call) -> dict[str, Callable[..., Any]]:
+    """What is measured, as functions of parameters, other variables, inputs and a cotangent of the outputs."""
 
     def forward(params: Any, rest: Any, x: Array, g: Array) -> Array:
         return call(nnx.merge(graph, params, rest), x)
@@ -203,19 +204,19 @@ def _passes(graph: Any, call: Callable[..., Any] = operator.call) -> dict[str, C
 
 def check(name: str, args: argparse.Namespace) -> float | None:
     """How far values and gradients are from the dense version in float64; None if the mechanism has none."""
-    mechanism, timed = attn_jax.MECHANISMS[name], _build(name, args)
+    mechanism, timed = attn_jax.MECHANISMS[name], build_module(name, args)
     call: Callable[..., Any]
     if "dense" in mechanism.implementations:
-        dense, call = _build(name, args, dtype=None, implementation="dense"), operator.call
+        dense, call = build_module(name, args, dtype=None, implementation="dense"), operator.call
     elif mechanism.weights and isinstance(timed, ProjectedAttention):
-        dense, call = _build(name, args, dtype=None), _apply_weights
+        dense, call = build_module(name, args, dtype=None), _apply_weights
     else:
         return None
     graph, *state = nnx.split(timed, nnx.Param, ...)
     tokens = _tokens(CHECK_LENGTH, args)
-    ours = jax.jit(_passes(graph)[PASSES[-1]])(*state, *tokens)
+    ours = jax.jit(passes(graph)[PASSES[-1]])(*state, *tokens)
     with jax.enable_x64(True):
-        exact = jax.jit(_passes(nnx.graphdef(dense), call)[PASSES[-1]])
+        exact = jax.jit(passes(nnx.graphdef(dense), call)[PASSES[-1]])
         # Not the largest one: a ReLU that rounding switches moves gradients of single tokens by whole units.
         return difference(ours, exact(*jax.tree.map(_to_float64, (*state, *tokens))), root_mean_square)
 
@@ -229,9 +230,9 @@ def _to_float64(x: Array) -> Array:
 
 def _measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time and memory of a mechanism: a record per pass and length."""
-    graph, *state = nnx.split(_build(name, args), nnx.Param, ...)
+    graph, *state = nnx.split(build_module(name, args), nnx.Param, ...)
     records = []
-    for pass_name, function in _passes(graph).items():
+    for pass_name, function in passes(graph).items():
         seconds: dict[int, float] = {}
         for length in sorted({*args.lengths, *(rung for rung in LADDER if rung < args.lengths[-1])}):
             asked_for = length in args.lengths
@@ -279,7 +280,7 @@ def _physical_memory() -> int:
 
 def _approximation_errors(name: str, args: argparse.Namespace, lengths: Iterable[int]) -> list[dict[str, Any]]:
     """Relative RMS error against exact standard attention, by length and scale of queries and keys."""
-    module = _build(name, args, dtype=None)
+    module = build_module(name, args, dtype=None)
 
     def relative_error(q: Array, k: Array, v: Array, scale: float) -> Array:
         rows = jnp.linspace(0, q.shape[1] - 1, SAMPLED_QUERIES).astype(int)
