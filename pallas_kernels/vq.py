@@ -262,7 +262,7 @@ def pool(
     length = _up(tokens, block or _TILE)
     blocks, per_block = (length // block, block // _TILE) if block else (1, length // _TILE)
     padded = _up(number)
-    vectors = [_row(codes, length, -1), _row(weight, length, NEG_INF)]
+    vectors = [_row(codes, length, 0), _row(weight, length, NEG_INF)]
     vectors += [] if scalar is None else [_row(scalar, length, 0)]
     tiles = Tiles(hardware, v.dtype)
     last = length // _TILE - 1
@@ -447,14 +447,21 @@ def backward(
     )
 
 
-def unsupported(hardware: Hardware, v: Array, width: int) -> str | None:
-    """Why these kernels cannot run on `hardware` for values `v` and codewords of `width`, None if they can."""
+def unsupported(hardware: Hardware, q: Array, v: Array) -> str | None:
+    """Why these kernels cannot run on `hardware`, None if they can.
+
+    Args:
+      q: what is quantised, in the type in which codes are decided.
+      v: the values, in the type in which they would be multiplied.
+    """
     types = ("bfloat16", "float16", "float32") if hardware.interpret else ("bfloat16", "float16")
     if v.dtype.name not in types:
         return f"values are {v.dtype.name}, it multiplies {', '.join(types)}"
-    for name, size in (("keys", width), ("values", v.shape[3])):
-        if size > WIDTHS[-1]:
-            return f"{name} have heads of width {size}, it has tiles of up to {WIDTHS[-1]}"
-    if v.size == 0:
+    if q.dtype != jnp.float32:
+        return f"codes are decided in {q.dtype.name}, it decides in float32"
+    for name, x in (("keys", q), ("values", v)):
+        if x.shape[3] > WIDTHS[-1]:
+            return f"{name} have heads of width {x.shape[3]}, it has tiles of up to {WIDTHS[-1]}"
+    if 0 in (q.size, v.size):
         return "there is nothing to compute"
     return None

@@ -55,7 +55,7 @@ def test_the_nearest_codeword(hardware, tokens, codes, width):
 
 @both_instructions
 def test_decisions_are_those_of_float32(hardware):
-    """Tokens between two codewords, nearer to one by 2^-19 of a squared length: 32 units in the last place of
+    """Tokens between two codewords, nearer to one by 2^-22 of a squared length: 4 units in the last place of
     float32, and too little for bfloat16, or for two parts of it."""
     rng = np.random.default_rng(0)
     tokens, codes, width = 512, 32, 64
@@ -64,7 +64,7 @@ def test_decisions_are_those_of_float32(hardware):
     a = rng.integers(0, codes, tokens)
     b = (a + rng.integers(1, codes, tokens)) % codes
     near, far = np.float64(codebook[0, a]), np.float64(codebook[0, b])
-    x = np.float32(0.5 * (near + far) + 2**-20 * (near - far))[None, :, None]
+    x = np.float32(0.5 * (near + far) + 2**-23 * (near - far))[None, :, None]
     np.testing.assert_array_equal(closeness(x, codebook).argmax(-1)[0, :, 0], a)
     np.testing.assert_array_equal(np.asarray(jitted_nearest(hardware, x, codebook))[0, :, 0], a)
 
@@ -187,6 +187,21 @@ def test_half_precision():
     actual = fused(INTERPRETER, True, jnp.bfloat16, arrays, mask, g)
     for got, want in zip(actual, expected(arrays, mask, g, True), strict=True):
         close(got, want, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "dtype,q_dtype,width,reason",
+    [
+        ("float32", "float32", 64, "values are float32"),
+        ("bfloat16", "float64", 64, "decided in float64"),
+        ("bfloat16", "float32", 129, "width 129"),
+        ("float16", "float32", 128, None),
+    ],
+)
+def test_what_is_not_fused_is_said(dtype, q_dtype, width, reason):
+    q, v = (jax.ShapeDtypeStruct((1, 8, 2, width), jnp.dtype(x)) for x in (q_dtype, dtype))
+    said = vq.unsupported(Hardware(), q, v)
+    assert said is None if reason is None else reason in said
 
 
 # What the interpreter is for.

@@ -303,8 +303,9 @@ def _read(plan: _Plan, q: Array, k: Array, v: Array, quantised: Quantised) -> Ar
 def _forward(plan: _Plan, q: Array, k: Array, v: Array, quantised: Quantised) -> tuple[Array, Any]:
     del q, k
     if plan.hardware is not None:
-        out, lse = _kernels().forward(plan.hardware, plan.causal, v.astype(plan.operands), quantised)
-        return out.astype(v.dtype), (v, quantised, out.astype(v.dtype), lse)
+        values = v.astype(plan.operands)
+        out, lse = _kernels().forward(plan.hardware, plan.causal, values, quantised)
+        return out.astype(v.dtype), (values, quantised, out, lse)
     totals = CodeTotals.empty((v.shape[0], quantised.codebook_k.shape[1], v.shape[2]), v.shape[3], v.dtype)
     out, lse = _forward_causal(plan, totals, v, quantised) if plan.causal else _forward_full(totals, v, quantised)
     return out, (v, quantised, out, lse)
@@ -348,9 +349,9 @@ def _backward(plan: _Plan, residuals: Any, g: Array) -> tuple[Array, Array, Arra
     # A query that read nothing gets weights exp(z - lse) = 0.
     lse = jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)
     if plan.hardware is not None:
-        values, delta = v.astype(plan.operands), jnp.sum(g * out, axis=-1)
-        gradients = _kernels().backward(plan.hardware, plan.causal, values, quantised, lse, delta, g)
-        return *(x.astype(v.dtype) for x in gradients), None
+        delta = jnp.sum(g * out, axis=-1)
+        dq, dk, dv = _kernels().backward(plan.hardware, plan.causal, v, quantised, lse, delta, g)
+        return dq.astype(g.dtype), dk.astype(g.dtype), dv.astype(g.dtype), None
     codes_q, codes_k, codebook_q, codebook_k, mask = quantised
     batch, _, heads, _ = v.shape
 
