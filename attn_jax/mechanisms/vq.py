@@ -258,6 +258,7 @@ class _Plan(NamedTuple):
     """What is static.
 
     Attributes:
+      block_length: of portable XLA; the fused kernels take as many tokens at once as there are codes.
       hardware: what the fused kernels are compiled for, None for portable XLA.
       operands: the type of what the fused kernels multiply.
     """
