@@ -185,10 +185,9 @@ def nearest(hardware: Hardware, x: Array, codebook: Array) -> Array:
         def step(at: Value, refs: list[Ref], vectors: list[Value], carry: Any) -> Any:
             c_hi, c_mid, c_lo = refs
             best, number = carry
-            closeness = tiles.nt(lo, c_hi)
-            for part, c_part in ((mid, c_mid), (hi, c_lo), (mid, c_hi), (hi, c_mid), (hi, c_hi)):
-                closeness = closeness + tiles.nt(part, c_part)
-            closeness = closeness - _spread(vectors[0], 1, closeness)
+            small = [(lo, c_hi), (mid, c_mid), (hi, c_lo)]
+            product = tiles.nt_sum([*small, (mid, c_hi), (hi, c_mid), (hi, c_hi)])
+            closeness = product - _spread(vectors[0], 1, product)
             top = closeness.max(axis=1)
             numbers = lax.broadcasted_iota(jnp.int32, closeness.shape, 1) + at * size
             first = jnp.where(closeness == _spread(top, 0, closeness), numbers, jnp.int32(2**30)).min(axis=1)
