@@ -52,11 +52,18 @@ class Tiles:
 
     def nt(self, a: Ref, b: Ref) -> Value:
         """`a @ b.T` of tiles in shared memory."""
+        return self.nt_sum([(a, b)])
+
+    def nt_sum(self, pairs: list[tuple[Ref, Ref]]) -> Value:
+        """The sum of `a @ b.T` over pairs of tiles in shared memory, added up in their order."""
+        a, b = pairs[0]
         shape = a.shape[0], b.shape[0]
         if self.hardware.instruction == "wgmma":
-            return _wgmma(shape, a, b.transpose((1, 0)))
-        zero = jnp.zeros(shape, jnp.float32)
-        return self._mma(zero, a[...], b.transpose((1, 0))[...])
+            return _wgmma(shape, [(a, b.transpose((1, 0))) for a, b in pairs])
+        total = jnp.zeros(shape, jnp.float32)
+        for a, b in pairs:
+            total = self._mma(total, a[...], b.transpose((1, 0))[...])
+        return total
 
     def nn(self, acc: Value, p: Value, b: Ref, staging: Ref | None = None) -> Value:
         """`acc + p @ b` of a computed tile and one in shared memory."""
@@ -67,7 +74,7 @@ class Tiles:
         staging[...] = p
         if self.hardware.instruction == "wgmma":
             plgpu.commit_smem()
-            return acc + _wgmma(acc.shape, staging, b)
+            return acc + _wgmma(acc.shape, [(staging, b)])
         return self._mma(acc, staging[...], b[...])
 
     def release(self, read: bool) -> None:
@@ -81,9 +88,10 @@ class Tiles:
         return plgpu.mma(acc, a, b)
 
 
-def _wgmma(shape: tuple[int, ...], a: Ref, b: Ref) -> Value:
+def _wgmma(shape: tuple[int, ...], pairs: list[tuple[Ref, Ref]]) -> Value:
     def multiply(total: Ref) -> Value:
-        plgpu.wgmma(total, a, b)
+        for a, b in pairs:
+            plgpu.wgmma(total, a, b)
         return total[...]
 
     return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))

@@ -55,6 +55,7 @@ from attn_jax.engine.streaming import Features, Stream, attend, dense_weights
 from attn_jax.mechanisms.base import ProjectedAttention, check_tokens
 from attn_jax.registry import register
 from attn_jax.types import NEG_INF, Array, Dtype, check_mask, check_shape
+from pallas_kernels.hardware import Hardware
 
 
 def vq_attention(
@@ -248,15 +249,36 @@ def _straight_through(x: Array, codebook: Array, codes: Array) -> Array:
 # Linear in the length.
 
 
+def _kernels() -> Any:
+    """The fused kernels, imported when they are needed."""
+    from pallas_kernels import vq
+
+    return vq
+
+
 class _Plan(NamedTuple):
-    """What is static."""
+    """What is static.
+
+    Attributes:
+      block_length: of portable XLA; the fused kernels take as many tokens at once as there are codes.
+      hardware: what the fused kernels are compiled for, None for portable XLA.
+      operands: the type of what the fused kernels multiply.
+    """
 
     causal: bool
     block_length: int
+    hardware: Hardware | None = None
+    operands: Dtype = jnp.float32
 
 
-class _Quantised(NamedTuple):
-    """What is constant under differentiation."""
+class Quantised(NamedTuple):
+    """What is constant under differentiation.
+
+    Attributes:
+      codes_q, codes_k: `(B, L, H)` and `(B, M, H)`.
+      codebook_q, codebook_k: `(H, S_q, E)` and `(H, S_k, E)`.
+      mask: which keys are real, `(B, M)`.
+    """
 
     codes_q: Array
     codes_k: Array
@@ -268,24 +290,31 @@ class _Quantised(NamedTuple):
 def _linear(
     plan: _Plan, q: Array, k: Array, v: Array, codebook_q: Array, codebook_k: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
-    quantised = _Quantised(_nearest(q, codebook_q), _nearest(k, codebook_k), codebook_q, codebook_k, mask)
+    nearest = _nearest
+    if plan.hardware is not None:
+        nearest = functools.partial(_kernels().nearest, plan.hardware)
+    quantised = Quantised(nearest(q, codebook_q), nearest(k, codebook_k), codebook_q, codebook_k, mask)
     return _read(plan, q, k, v, quantised), quantised.codes_q, quantised.codes_k
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _read(plan: _Plan, q: Array, k: Array, v: Array, quantised: _Quantised) -> Array:
+def _read(plan: _Plan, q: Array, k: Array, v: Array, quantised: Quantised) -> Array:
     """The output; `q` and `k` enter through their codes alone and are here to be differentiated."""
     return _forward(plan, q, k, v, quantised)[0]
 
 
-def _forward(plan: _Plan, q: Array, k: Array, v: Array, quantised: _Quantised) -> tuple[Array, Any]:
+def _forward(plan: _Plan, q: Array, k: Array, v: Array, quantised: Quantised) -> tuple[Array, Any]:
     del q, k
+    if plan.hardware is not None:
+        values = v.astype(plan.operands)
+        out, lse = _kernels().forward(plan.hardware, plan.causal, values, quantised)
+        return out.astype(v.dtype), (values, quantised, out, lse)
     totals = CodeTotals.empty((v.shape[0], quantised.codebook_k.shape[1], v.shape[2]), v.shape[3], v.dtype)
     out, lse = _forward_causal(plan, totals, v, quantised) if plan.causal else _forward_full(totals, v, quantised)
     return out, (v, quantised, out, lse)
 
 
-def _forward_full(totals: CodeTotals, v: Array, quantised: _Quantised) -> tuple[Array, Array]:
+def _forward_full(totals: CodeTotals, v: Array, quantised: Quantised) -> tuple[Array, Array]:
     """Every query code reads every key code; a token looks up what its code has read."""
     codes_q, codes_k, codebook_q, codebook_k, mask = quantised
     totals = totals.add(_of_sequence(codes_k), mask[:, :, None], v)
@@ -295,7 +324,7 @@ def _forward_full(totals: CodeTotals, v: Array, quantised: _Quantised) -> tuple[
     return read.out[at], read.lse[at]
 
 
-def _forward_causal(plan: _Plan, totals: CodeTotals, v: Array, quantised: _Quantised) -> tuple[Array, Array]:
+def _forward_causal(plan: _Plan, totals: CodeTotals, v: Array, quantised: Quantised) -> tuple[Array, Array]:
     """Block after block, with the totals of those before."""
     codes_q, codes_k, codebook_q, codebook_k, mask = quantised
 
@@ -319,10 +348,15 @@ def _attend(q: Array, streams: list[Stream], causal: bool = False) -> Any:
 
 
 def _backward(plan: _Plan, residuals: Any, g: Array) -> tuple[Array, Array, Array, None]:
-    v, (codes_q, codes_k, codebook_q, codebook_k, mask), out, lse = residuals
-    batch, _, heads, _ = v.shape
+    v, quantised, out, lse = residuals
     # A query that read nothing gets weights exp(z - lse) = 0.
     lse = jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)
+    if plan.hardware is not None:
+        delta = jnp.sum(g * out, axis=-1)
+        dq, dk, dv = _kernels().backward(plan.hardware, plan.causal, v, quantised, lse, delta, g)
+        return dq.astype(g.dtype), dk.astype(g.dtype), dv.astype(g.dtype), None
+    codes_q, codes_k, codebook_q, codebook_k, mask = quantised
+    batch, _, heads, _ = v.shape
 
     def tiles(x: Array, fill: float = 0) -> Array:
         return _row_tiles(x, plan.block_length, fill)

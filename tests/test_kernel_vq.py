@@ -1,0 +1,220 @@
+"""The fused kernels of vector-quantised attention, interpreted with race detection, against float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+
+from attn_jax.mechanisms import vq as mechanism
+from attn_jax.ops import vq_attention
+from attn_jax.types import NEG_INF
+from pallas_kernels import instructions, vq
+from pallas_kernels.hardware import INTERPRETER, Hardware
+
+WGMMA = Hardware(instruction="wgmma", interpret=True)
+both_instructions = pytest.mark.parametrize("hardware", [INTERPRETER, WGMMA], ids=["mma", "wgmma"])
+
+# Relative to the largest entry of an array. float32: sums of some hundred terms in another order. bfloat16 has 8
+# bits: means, cotangents and weights are rounded to them once, and then enter products.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+
+jitted_nearest = jax.jit(vq.nearest, static_argnums=0)
+
+
+def close(actual, expected, dtype="float32"):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape and np.isfinite(actual).all()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * abs(expected).max())
+
+
+# Assignment.
+
+
+def closeness(x, codebook):
+    """`x . c - |c|^2 / 2` in float64, `(B, L, H, S)`."""
+    x, codebook = np.float64(x), np.float64(codebook)
+    return np.einsum("blhe,hse->blhs", x, codebook) - 0.5 * (codebook**2).sum(-1)
+
+
+@both_instructions
+@pytest.mark.parametrize("tokens,codes,width", [(70, 33, 24), (3, 1, 64), (64, 65, 128)])
+def test_the_nearest_codeword(hardware, tokens, codes, width):
+    """Of ragged sequences and codebooks; margins between codewords are far above rounding."""
+    rng = np.random.default_rng(tokens)
+    x, codebook = (
+        np.float32(rng.normal(size=(2, tokens, 1, width))),
+        np.float32(rng.normal(size=(1, codes, width))),
+    )
+    found = jitted_nearest(hardware, x, codebook)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, closeness(x, codebook).argmax(-1))
+
+
+@both_instructions
+def test_decisions_are_those_of_float32(hardware):
+    """Tokens between two codewords, nearer to one by 2^-22 of a squared length: 4 units in the last place of
+    float32, and too little for bfloat16, or for two parts of it."""
+    rng = np.random.default_rng(0)
+    tokens, codes, width = 512, 32, 64
+    codebook = rng.normal(size=(1, codes, width))
+    codebook = np.float32(codebook / np.linalg.norm(codebook, axis=-1, keepdims=True))
+    a = rng.integers(0, codes, tokens)
+    b = (a + rng.integers(1, codes, tokens)) % codes
+    near, far = np.float64(codebook[0, a]), np.float64(codebook[0, b])
+    x = np.float32(0.5 * (near + far) + 2**-23 * (near - far))[None, :, None]
+    np.testing.assert_array_equal(closeness(x, codebook).argmax(-1)[0, :, 0], a)
+    np.testing.assert_array_equal(np.asarray(jitted_nearest(hardware, x, codebook))[0, :, 0], a)
+
+
+@both_instructions
+def test_ties_go_to_the_lowest_code(hardware):
+    """Within a tile and between tiles, for equal codewords and opposite ones. Sums of integers are exact."""
+    rng = np.random.default_rng(1)
+    near, other, short = np.float32(rng.integers(-5, 6, size=(3, 32)))
+    codebook = np.float32(rng.integers(-500, 501, size=(1, 150, 32)))
+    codebook[0, [9, 30, 70, 149]] = near
+    codebook[0, [80, 81]] = other
+    codebook[0, 100], codebook[0, 140] = short, -short
+    x = np.stack([near, other, 0 * short])[None, :, None]
+    np.testing.assert_array_equal(np.asarray(jitted_nearest(hardware, x, codebook))[0, :, 0], [9, 80, 100])
+
+
+# Pooling.
+
+pool = jax.jit(vq.pool, static_argnums=(0, 2), static_argnames=("order", "block"))
+
+
+def pooled(codes, number, weight, v, scalar, seen):
+    """Of the tokens where `seen` `(L,)`, in float64: `Pooled` for one block."""
+    hit = np.where(codes[..., None] == np.arange(number), weight[..., None], -np.inf)  # (B, L, H, S)
+    hit = np.where(seen[:, None, None], hit, -np.inf)
+    some = np.isfinite(hit).any(1)
+    top = np.where(some, hit.max(1), 0)
+    p = np.exp(hit - top[:, None])
+    total = np.where(some, p.sum(1), 1)
+    mean = np.einsum("blhs,blhv->bshv", p, v) / total.swapaxes(1, 2)[..., None]
+    mean_scalar = np.einsum("blhs,blh->bsh", p, scalar) / total.swapaxes(1, 2)
+    return mean, np.where(some, top + np.log(total), NEG_INF).swapaxes(1, 2), mean_scalar
+
+
+@both_instructions
+@pytest.mark.parametrize("order,block", [("all", None), ("before", 128), ("after", 64)])
+def test_pooling(hardware, order, block):
+    """Ragged; codes without tokens, tokens that do not count, and weights that lie e^60 apart."""
+    rng = np.random.default_rng(2)
+    batch, tokens, heads, number, width = 2, 200, 1, 70, 40
+    codes = rng.integers(0, 66, (batch, tokens, heads))
+    weight = rng.uniform(-30, 30, size=codes.shape)
+    weight[rng.random(codes.shape) < 0.2] = NEG_INF
+    v, scalar = np.float32(rng.normal(size=(*codes.shape, width))), np.float32(rng.normal(size=codes.shape))
+    arrays = codes.astype(np.int32), number, np.float32(weight), v, scalar
+    actual = pool(hardware, *arrays, order=order, block=block)
+    weight = np.where(weight > NEG_INF, np.float64(np.float32(weight)), -np.inf)
+    t, size = np.arange(tokens), block or tokens
+    blocks = [
+        {"all": t >= 0, "before": t < b * size, "after": t >= (b + 1) * size}[order]
+        for b in range(-(-tokens // size))
+    ]
+    expected = [pooled(codes, number, weight, v, scalar, seen) for seen in blocks]
+    for got, *wanted in zip(actual, *expected):
+        wanted = np.stack(wanted, axis=1).reshape(got.shape)
+        nothing = wanted == NEG_INF
+        np.testing.assert_array_equal(got == np.float32(NEG_INF), nothing)
+        close(np.where(nothing, 0, got), np.where(nothing, 0, wanted))
+
+
+# Attention.
+
+
+def operands(seed, length, keys, codes_q, codes_k, width=16, value_width=24, batch=2, heads=1):
+    rng = np.random.default_rng(seed)
+    q, k = (rng.normal(size=(batch, n, heads, width)) for n in (length, keys))
+    v, g = (rng.normal(size=(batch, n, heads, value_width)) for n in (keys, length))
+    codebook_q, codebook_k = (rng.normal(size=(heads, n, width)) * width**-0.25 for n in (codes_q, codes_k))
+    mask = rng.random((batch, keys)) < 0.7
+    mask[:, :2] = False  # causal: queries that read nothing
+    return [q, k, v, codebook_q, codebook_k], mask, g
+
+
+def expected(arrays, mask, g, causal):
+    """Output and gradients of dense attention on codewords, by autodiff in float64."""
+    with jax.enable_x64(True):
+
+        @jax.jit
+        def run(arrays, mask, g):
+            q, k, v, *codebooks = arrays
+            attend = functools.partial(vq_attention, mask=mask, causal=causal, implementation="dense")
+            out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *codebooks), q, k, v)
+            return out, *pull(g)
+
+        return run(arrays, mask, g)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def fused(hardware, causal, dtype, arrays, mask, g):
+    """The same by the kernels, through the derivative rule of the operation."""
+    plan = mechanism._Plan(causal, 128, hardware, dtype)
+    q, k, v, *codebooks = (jnp.float32(x) for x in arrays)
+    k, v = (jnp.where(mask[..., None, None], x, 0) for x in (k, v))
+    out, pull = jax.vjp(lambda q, k, v: mechanism._linear(plan, q, k, v, *codebooks, mask)[0], q, k, v)
+    return out, *pull(jnp.float32(g))
+
+
+CASES = {  # length, keys, codes of queries and of keys
+    "whole": (70, 130, 10, 70),
+    "causal": (150, 150, 10, 20),
+}
+
+
+@pytest.mark.parametrize("hardware,case", [(INTERPRETER, "whole"), (WGMMA, "causal")], ids=CASES)
+def test_attention_and_its_gradients(hardware, case):
+    """Ragged, masked, with queries that read nothing, and the causal one in several blocks."""
+    arrays, mask, g = operands(3, *CASES[case])
+    causal = case == "causal"
+    actual = fused(hardware, causal, jnp.float32, arrays, mask, g)
+    for got, want in zip(actual, expected(arrays, mask, g, causal), strict=True):
+        close(got, want)
+
+
+def test_half_precision():
+    """On codewords and values that are exact in it."""
+    arrays, mask, g = operands(4, *CASES["causal"])
+    arrays = [*arrays[:2], *(np.asarray(jnp.bfloat16(x), np.float64) for x in arrays[2:])]
+    g = np.asarray(jnp.bfloat16(g), np.float64)
+    actual = fused(INTERPRETER, True, jnp.bfloat16, arrays, mask, g)
+    for got, want in zip(actual, expected(arrays, mask, g, True), strict=True):
+        close(got, want, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "dtype,q_dtype,width,reason",
+    [
+        ("float32", "float32", 64, "values are float32"),
+        ("bfloat16", "float64", 64, "decided in float64"),
+        ("bfloat16", "float32", 129, "width 129"),
+        ("float16", "float32", 128, None),
+    ],
+)
+def test_what_is_not_fused_is_said(dtype, q_dtype, width, reason):
+    q, v = (jax.ShapeDtypeStruct((1, 8, 2, width), jnp.dtype(x)) for x in (q_dtype, dtype))
+    said = vq.unsupported(Hardware(), q, v)
+    assert said is None if reason is None else reason in said
+
+
+# What the interpreter is for.
+
+
+@pytest.mark.parametrize("forgotten", ["commit_smem", "release"])
+def test_the_interpreter_sees_races(monkeypatch, forgotten):
+    """Parts that are read before they are visible, and a slot that is filled before it was read."""
+    if forgotten == "commit_smem":
+        monkeypatch.setattr(vq.plgpu, "commit_smem", lambda: None)
+    else:
+        monkeypatch.setattr(instructions.Tiles, "release", lambda self, read: None)
+    x, codebook = np.ones((1, 64, 1, 32), np.float32), np.ones((1, 300, 32), np.float32)
+    with pytest.raises(Exception, match="RACE DETECTED"):
+        jax.block_until_ready(jax.jit(vq.nearest, static_argnums=0)(WGMMA, x, codebook))
+    reset_gpu_interpret_mode_state()
