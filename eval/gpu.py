@@ -130,7 +130,7 @@ class Case(NamedTuple):
 def cases(length: int, args: argparse.Namespace) -> Iterator[Case]:
     """What is measured at `length`."""
     shape = args.batch, length, args.heads, args.width
-    q, k, v, k2, v2 = jax.random.normal(jax.random.key(0), (5, *shape), jnp.bfloat16)
+    q, k, v, k2, v2 = (x for x in jax.random.normal(jax.random.key(0), (5, *shape), jnp.bfloat16))
     pairs = args.batch * args.heads * length**2
     products = 4.0 * pairs * args.width
     for causal in (False, True):
@@ -166,8 +166,8 @@ def cases(length: int, args: argparse.Namespace) -> Iterator[Case]:
     a = -jnp.broadcast_to(jnp.arange(1.0, STATES + 1), (x.shape[2], STATES))
     b, c = jax.random.normal(jax.random.key(2), (2, args.batch, length, STATES))
 
-    def scan(implementation: Any, *arrays: Any) -> Any:
-        return ops.selective_scan(*arrays, jnp.ones(x.shape[2]), implementation=implementation)[0]
+    def scan(implementation: Any, u: Any, delta: Any, a: Any, b: Any, c: Any) -> Any:
+        return ops.selective_scan(u, delta, a, b, c, jnp.ones(x.shape[2]), implementation=implementation)[0]
 
     yield Case("selective scan", (x, delta, a, b, c), scan, {}, 0.0)
 
@@ -179,7 +179,9 @@ def _others(**options: Any) -> dict[str, Callable[..., Any]]:
         named = {"is_causal" if name == "causal" else name: value for name, value in options.items()}
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **named)
 
-    others = {f"jax.nn {name}": functools.partial(jax_nn, implementation=name) for name in ("xla", "cudnn")}
+    others: dict[str, Callable[..., Any]] = {
+        f"jax.nn {name}": functools.partial(jax_nn, implementation=name) for name in ("xla", "cudnn")
+    }
     if importlib.util.find_spec("tokamax"):
         import tokamax  # pyright: ignore[reportMissingImports]
 

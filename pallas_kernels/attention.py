@@ -42,8 +42,9 @@ from jax.extend.core import Var
 from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream
 from attn_jax.types import NEG_INF, Array
 from pallas_kernels.hardware import Hardware
-from pallas_kernels.instructions import Ref, Tiles, Value, store
+from pallas_kernels.instructions import Ref, Tiles, Value, store, walk
 from pallas_kernels.launch import Cost, launch
+from pallas_kernels.layout import WIDTHS, head_width, round_up, side_by_side, stack_rows, unpad
 
 _LOG2_E = math.log2(math.e)
 _NOTHING = -NEG_INF / 2  # the backward pass gets a larger `lse` for queries that read nothing
@@ -92,7 +93,7 @@ class _Queries(NamedTuple):
     """
 
     q: Array
-    rows: Array
+    rows: Array | None
     g: Array | None = None
     dirty: Array | None = None
 
@@ -125,43 +126,12 @@ class _Layout(NamedTuple):
     @property
     def unit(self) -> float:
         """What logits are counted in: without a score the scale enters the exponential for nothing."""
-        return self.scale if self.scale > 0 and self.plans[0].score is None else 1.0
+        return self.scale if self.scale > 0 and all(p.score is None for p in self.plans) else 1.0
 
     @property
     def query_rows(self) -> int:
         """How many rows of features and spans the queries have; what follows differs between the kernels."""
         return self.query_features + 2 * sum(self.spanned)
-
-
-def _pad(x: Array, length: int, width: int) -> Array:
-    """`(B, L, H, E)` to `(B, length, H width)`."""
-    batch, tokens, heads, e = x.shape
-    x = jnp.pad(x, ((0, 0), (0, length - tokens), (0, 0), (0, width - e)))
-    return x.reshape(batch, length, heads * width)
-
-
-def _rows(vectors: Sequence[tuple[Array, float]], length: int) -> Array | None:
-    """Vectors `(B, L, H or 1)`, each with what fills it up to `length`, as `(B, H or 1, rows, length)`."""
-    if not vectors:
-        return None
-    heads = max(x.shape[2] for x, _ in vectors)
-    padded = []
-    for x, fill in vectors:
-        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, length - x.shape[1]), (0, 0)), constant_values=fill)
-        padded.append(jnp.broadcast_to(x, (*x.shape[:2], heads)).swapaxes(1, 2))
-    return jnp.stack(padded, axis=2)
-
-
-def _up(length: int, tile: int) -> int:
-    return max(1, -(-length // tile)) * tile
-
-
-def _head_width(width: int) -> int:
-    """The next width that the copies and the products take."""
-    return next(w for w in WIDTHS if w >= width)
-
-
-WIDTHS = (32, 64, 128)
 
 
 def _layout(
@@ -172,7 +142,7 @@ def _layout(
     query_features: Features,
     streams: list[Stream],
 ) -> _Layout:
-    width, value_width = _head_width(q.shape[3]), _head_width(streams[0].values.shape[3])
+    width, value_width = head_width(q.shape[3]), head_width(streams[0].values.shape[3])
     tiling = tiling_for(hardware)
     learned = [_learned(plan, len(query_features), len(s.features)) for plan, s in zip(plans, streams)]
     return _Layout(
@@ -229,30 +199,32 @@ def _shared_memory(tiling: Tiling, itemsize: int, width: int, value_width: int, 
     return max(kernel(tiling.forward, width, 1), kernel(tiling.dq, both, 1), kernel(tiling.dkv, both, 2))
 
 
+def _stacked(vectors: Sequence[tuple[Array, float]], length: int) -> Array | None:
+    return stack_rows(vectors, length) if vectors else None
+
+
 def _pad_keys(layout: _Layout, streams: list[Stream]) -> list[_Keys]:
     padded = []
     for s, masked in zip(streams, layout.masked):
-        batch, keys = s.keys.shape[:2]
-        length = _up(keys, layout.tiling.keys)
+        batch, keys = s.values.shape[:2]  # all examples may share the keys
+        length = round_up(keys, layout.tiling.keys)
         vectors = [(f, 0.0) for f in s.features]
         if masked:
             mask = jnp.ones((batch, keys), bool) if s.mask is None else s.mask
             vectors.append((mask[:, :, None], 0.0))
-        k, v = _pad(s.keys, length, layout.width), _pad(s.values, length, layout.value_width)
-        padded.append(_Keys(k, v, _rows(vectors, length)))
+        k, v = side_by_side(s.keys, length), side_by_side(s.values, length)
+        padded.append(_Keys(k, v, _stacked(vectors, length)))
     return padded
 
 
 def _pad_queries(
     layout: _Layout, q: Array, features: Features, streams: list[Stream], after: Sequence[tuple[Array, float]]
 ) -> _Queries:
-    length = _up(q.shape[1], layout.tiling.queries)
+    length = round_up(q.shape[1], layout.tiling.queries)
     vectors = [(f, 1.0) for f in features]
     for s in streams:
         vectors += [] if s.span is None else [(s.span[0], _NOWHERE), (s.span[1], 0.0)]
-    rows = _rows([*vectors, *after], length)
-    assert rows is not None
-    return _Queries(_pad(q, length, layout.width), rows)
+    return _Queries(side_by_side(q, length), _stacked([*vectors, *after], length))
 
 
 # Which tiles a block walks over.
@@ -329,13 +301,17 @@ class _Block(NamedTuple):
     def here(cls) -> "_Block":
         return cls(lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("tile"))
 
+    def example(self, ref: Ref) -> Any:
+        """Of an array that all examples may share."""
+        return self.batch if ref.shape[0] > 1 else 0
+
     def shared(self, ref: Ref) -> tuple[Any, Any]:
-        """Batch and head of an array whose batch and heads may be one for all."""
-        return self.batch if ref.shape[0] > 1 else 0, self.head if ref.shape[1] > 1 else 0
+        """Example and head of an array that all examples and heads may share."""
+        return self.example(ref), self.head if ref.shape[1] > 1 else 0
 
     def tokens(self, ref: Ref, size: int, head: Any, width: int) -> Ref:
-        """The owned tile of an array `(B, L, H width)`."""
-        return ref.at[self.batch, pl.ds(self.tile * size, size), pl.ds(head * width, width)]
+        """The owned tile of an array `(B or 1, L, H width)`."""
+        return ref.at[self.example(ref), pl.ds(self.tile * size, size), pl.ds(head * width, width)]
 
     def rows(self, ref: Ref | None, size: int, number: int) -> list[Value]:
         """The first `number` rows of the owned tile."""
@@ -345,7 +321,7 @@ class _Block(NamedTuple):
         return plgpu.load(ref.at[(*self.shared(ref), number, pl.ds(start, size))], optimized=False)
 
     def bounds(self, ref: Ref) -> tuple[Value, Value]:
-        at = (*self.shared(ref), self.tile)
+        at = *self.shared(ref), self.tile
         return ref[(*at, 0)], ref[(*at, 1)]
 
 
@@ -387,9 +363,8 @@ class _Pair(NamedTuple):
             tuple(map(self.key, keys[: layout.key_features[stream]])),
         )
         valid = self.key(keys[-1]) > 0 if layout.masked[stream] else None
-        span = layout.span_rows(stream)
-        if span is not None:
-            span = tuple(self.query(queries[n]).astype(jnp.int32) for n in span)
+        at = layout.span_rows(stream)
+        span = at and tuple(self.query(queries[n]).astype(jnp.int32) for n in at)
         return score, features, lambda z: plan.mask(z, i, j, valid, span)
 
 
@@ -412,47 +387,17 @@ def _walk(
     block: _Block,
     bounds: Ref,
     size: int,
-    arrays: list[tuple[Ref, Any, int]],
+    arrays: Sequence[tuple[Ref, Any, int]],
     rows: Ref | None,
     step: Callable[[Value, list[Ref], list[Value], Any], Any],
     carry: Any,
 ) -> Any:
-    """`carry = step(start, tiles, rows, carry)` for each tile of the walk, `start` being its first token.
-
-    Args:
-      size: tokens in a tile.
-      arrays: `(ref, head, width)` of what is walked over, each `(B, L, heads width)`.
-      rows: None or `(B or 1, H or 1, rows, L)`.
-    """
+    """`walk` over the tiles within a block's bounds, of arrays `(B or 1, L, heads width)`."""
     first, end = block.bounds(bounds)
-    number = 0 if rows is None else rows.shape[2]
-    copied = number > 0 and layout.hardware.tma
-    sources = [ref.at[block.batch] for ref, _, _ in arrays]
-    specs = [plgpu.BlockSpec((size, width), lambda t, head=head: (first + t, head)) for _, head, width in arrays]
-    if copied:
-        sources.append(rows.at[block.shared(rows)])
-        specs.append(plgpu.BlockSpec((number, size), lambda t: (0, first + t)))
-
-    def one(index: tuple[Value], *refs: Any) -> Any:
-        *refs, carry = refs
-        start = (first + index[0]) * size
-        if copied:
-            *refs, slot = refs
-            vectors = [slot[n] for n in range(number)]
-        else:
-            vectors = [block.row(rows, n, start, size) for n in range(number)]
-        carry = step(start, refs, vectors, carry)
-        tiles.release(copied)
-        return carry
-
-    pipeline = plgpu.emit_pipeline(
-        one,
-        grid=(end - first,),
-        in_specs=specs,
-        init_carry=carry,
-        max_concurrent_steps=layout.tiling.stages,
-    )
-    return pipeline(*sources)
+    arrays = [(ref.at[block.example(ref)], head, width) for ref, head, width in arrays]
+    rows = None if rows is None else rows.at[block.shared(rows)]
+    order = lambda t: first + t  # noqa: E731
+    return walk(tiles, size, end - first, order, arrays, rows, step, carry, layout.tiling.stages)
 
 
 # The kernels.
@@ -466,6 +411,7 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
     tiles = Tiles(layout.hardware, queries.q.dtype)
     pair = _Pair((size, key_size), 0)
     several = len(keys) > 1
+    some_not_finite = queries.rows is not None and queries.rows.shape[2] > layout.query_rows
     log2 = layout.unit * _LOG2_E
 
     def body(offset: Ref, bounds: list[Ref], queries: _Queries, keys: list[_Keys], *refs: Ref) -> None:
@@ -503,8 +449,9 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
                 store(stream_lse_ref.at[at], _logsumexp(top * layout.unit, own))
         divisor = jnp.where(total != 0, total, 1)
         o = o / lax.broadcast_in_dim(divisor, o.shape, [0])
-        finite = block.row(queries.rows, layout.query_rows, block.tile * size, size)
-        o = jnp.where(lax.broadcast_in_dim(finite, o.shape, [0]) > 0, o, jnp.nan)
+        if some_not_finite:
+            finite = block.row(queries.rows, layout.query_rows, block.tile * size, size)
+            o = jnp.where(lax.broadcast_in_dim(finite, o.shape, [0]) > 0, o, jnp.nan)
         store(block.tokens(o_ref, size, block.head, value_width), o.astype(tiles.dtype))
         store(
             lse_ref.at[block.batch, block.head, pl.ds(block.tile * size, size)],
@@ -621,7 +568,7 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
     """For each query head `dk` `(B, M, H E)`, `dv` `(B, M, H V)` and the gradients of the learned key features
     `(B, H, features, M)`, if there are any. Tiles of logits are (keys, queries) here."""
     size, query_size = layout.tiling.dkv
-    batch, length, _ = keys.k.shape
+    batch, length, _ = keys.v.shape
     heads, width, value_width = layout.heads, layout.width, layout.value_width
     learned = layout.key_learned[stream]
     tiles = Tiles(layout.hardware, keys.k.dtype)
@@ -642,12 +589,14 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
             dk, dv, d_features = carry
             *_, lse, delta = rows
 
-            @pl.when(queries.dirty[block.batch, block.head, lax.div(start, query_size)] > 0)
-            def _() -> None:
-                clean = block.row(queries.rows, layout.query_rows, start, query_size) < _NOTHING
+            def clean() -> None:
+                fine = block.row(queries.rows, layout.query_rows, start, query_size) < _NOTHING
                 for ref in refs:
-                    ref[...] = jnp.where(lax.broadcast_in_dim(clean, ref.shape, [0]), ref[...], 0)
+                    ref[...] = jnp.where(lax.broadcast_in_dim(fine, ref.shape, [0]), ref[...], 0)
                 plgpu.commit_smem()
+
+            if queries.dirty is not None:
+                pl.when(queries.dirty[block.batch, block.head, lax.div(start, query_size)] > 0)(clean)
 
             score, (query, key), mask = pair.scored(layout, stream, offset[0] + start, j, rows, vectors)
 
@@ -713,7 +662,7 @@ def unsupported(hardware: Hardware, q: Array, query_features: int, streams: list
     spans = 2 * sum(s.span is not None for s in streams)
     rows = max(query_features + spans + 2, *(len(s.features) + 1 for s in streams))
     needed = _shared_memory(
-        tiling_for(hardware), q.dtype.itemsize, _head_width(width), _head_width(value_width), rows
+        tiling_for(hardware), q.dtype.itemsize, head_width(width), head_width(value_width), rows
     )
     if needed > hardware.shared_memory and not hardware.interpret:
         return f"it needs {needed:,} bytes of shared memory, a block has {hardware.shared_memory:,}"
@@ -731,32 +680,28 @@ def forward(
     offset: Array,
     reach: Array | None,
     q: Array,
-    finite: Array,
+    finite: Array | None,
     query_features: Features,
     streams: list[Stream],
 ) -> tuple[Array, Array, Array]:
-    """`(out, lse, stream_lse)`, where `out` is NaN for queries that are not `finite`, bool `(B, L, H)`.
+    """`(out, lse, stream_lse)`, where `out` is NaN for queries that are not `finite`.
 
-    Products are multiplied by `scale` in the kernel, and no copy of the queries is made.
+    `finite` is bool `(B, L, H)`, None if all are. Products are multiplied by `scale` in the kernel, which spares a
+    copy of the queries.
     """
     layout = _layout(plans, hardware, scale, q, query_features, streams)
-    queries = _pad_queries(layout, q, query_features, streams, [(finite, 1.0)])
+    queries = _pad_queries(layout, q, query_features, streams, [] if finite is None else [(finite, 1.0)])
     keys = _pad_keys(layout, streams)
     length, tile = queries.q.shape[1], layout.tiling.forward
     bounds = [_key_tiles(plan, s, length, tile, offset, reach) for plan, s in zip(plans, streams)]
     o, lse, stream_lse = _forward(layout, offset[None], bounds, queries, keys)
-    out = _unpad(o, q.shape[1], layout.heads, streams[0].values.shape[3])
+    out = unpad(o, q.shape[1], layout.heads, streams[0].values.shape[3])
     stream_lse = lse[:, :, None] if stream_lse is None else stream_lse
     return (
         out,
         lse[:, :, : q.shape[1]].swapaxes(1, 2),
         stream_lse[..., : q.shape[1]].transpose(2, 0, 3, 1),
     )
-
-
-def _unpad(x: Array, length: int, heads: int, width: int) -> Array:
-    """`(B, padded, H padded)` to `(B, L, H, width)`."""
-    return x.reshape(*x.shape[:2], heads, -1)[:, :length, :, :width]
 
 
 def _unpad_rows(x: Array | None, learned: tuple[int, ...], features: Features) -> Features:
@@ -773,7 +718,7 @@ def backward(
     offset: Array,
     reach: Array | None,
     q: Array,
-    finite: Array,
+    finite: Array | None,
     query_features: Features,
     streams: list[Stream],
     lse: Array,
@@ -788,9 +733,11 @@ def backward(
     queries = _pad_queries(layout, q, query_features, streams, [(lse, -NEG_INF), (delta, 0.0)])
     keys = _pad_keys(layout, streams)
     length, tile = queries.q.shape[1], layout.tiling.dkv[1]
-    dirty = jnp.pad(~finite, ((0, 0), (0, length - q.shape[1]), (0, 0))).reshape(q.shape[0], -1, tile, q.shape[2])
-    dirty = dirty.any(2).swapaxes(1, 2).astype(jnp.int32)
-    queries = queries._replace(g=_pad(g, length, layout.value_width), dirty=dirty)
+    dirty = None
+    if finite is not None:
+        dirty = jnp.pad(~finite, ((0, 0), (0, length - q.shape[1]), (0, 0)))
+        dirty = dirty.reshape(q.shape[0], -1, tile, q.shape[2]).any(2).swapaxes(1, 2).astype(jnp.int32)
+    queries = queries._replace(g=side_by_side(g, length), dirty=dirty)
     key_tiles = [_key_tiles(plan, s, length, layout.tiling.dq, offset, reach) for plan, s in zip(plans, streams)]
     dq, d_query = _dq(layout, offset[None], key_tiles, queries, keys)
     d_query = _unpad_rows(d_query, layout.query_learned, query_features)
@@ -801,13 +748,13 @@ def backward(
         tokens = s.keys.shape[1]
         d_streams.append(
             s._replace(
-                keys=_unpad(dk, tokens, layout.heads, s.keys.shape[3]),
-                values=_unpad(dv, tokens, layout.heads, s.values.shape[3]),
+                keys=unpad(dk, tokens, layout.heads, s.keys.shape[3]),
+                values=unpad(dv, tokens, layout.heads, s.values.shape[3]),
                 mask=None,
                 features=_unpad_rows(d_key, layout.key_learned[n], s.features),
                 bias=None,
                 span=None,
             )
         )
-    dq = _unpad(dq, q.shape[1], layout.heads, q.shape[3])
+    dq = unpad(dq, q.shape[1], layout.heads, q.shape[3])
     return dq, d_query, d_streams

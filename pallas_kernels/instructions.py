@@ -10,6 +10,7 @@
 Operands are of one floating type and sums float32.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -69,7 +70,7 @@ class Tiles:
         """`acc + p @ b` of a computed tile and one in shared memory."""
         p = p.astype(self.dtype)
         if self.hardware.instruction == "wgmma" and not self.hardware.interpret:
-            return pl.run_state(lambda total: plgpu.wgmma(total, p, b))(plgpu.ACC.init(acc))
+            return pl.run_state(lambda total: plgpu.wgmma(total, p, b))(plgpu.WGMMAAccumulatorRef.init(acc))
         assert staging is not None
         staging[...] = p
         if self.hardware.instruction == "wgmma":
@@ -88,13 +89,13 @@ class Tiles:
         return plgpu.mma(acc, a, b)
 
 
-def _wgmma(shape: tuple[int, ...], pairs: list[tuple[Ref, Ref]]) -> Value:
+def _wgmma(shape: tuple[int, int], pairs: list[tuple[Ref, Ref]]) -> Value:
     def multiply(total: Ref) -> Value:
         for a, b in pairs:
             plgpu.wgmma(total, a, b)
         return total[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def store(target: Ref, value: Value) -> None:
@@ -103,3 +104,51 @@ def store(target: Ref, value: Value) -> None:
         plgpu.store(target, value, optimized=False)
     else:
         target[...] = value
+
+
+def walk(
+    tiles: Tiles,
+    size: int,
+    steps: Any,
+    order: Callable[[Value], Value],
+    arrays: Sequence[tuple[Ref, Any, int]],
+    rows: Ref | None,
+    step: Callable[[Value, list[Ref], list[Value], Any], Any],
+    carry: Any,
+    stages: int = 2,
+) -> Any:
+    """`carry = step(start, tiles, rows, carry)` for the tiles that are numbered `order(0), order(1)`, ...
+
+    Args:
+      size: tokens in a tile, of which `start` is the first.
+      steps: how many, may be traced.
+      arrays: `(ref, head, width)` of what is walked over, each `(L, heads width)`.
+      rows: numbers per token, `(rows, L)`, or None.
+      stages: steps in flight.
+    """
+    number = 0 if rows is None else rows.shape[0]
+    copied = rows is not None and tiles.hardware.tma
+    sources = [ref for ref, _, _ in arrays]
+    specs = [plgpu.BlockSpec((size, width), lambda t, head=head: (order(t), head)) for _, head, width in arrays]
+    if copied:
+        sources.append(rows)
+        specs.append(plgpu.BlockSpec((number, size), lambda t: (0, order(t))))
+
+    def one(index: tuple[Value], *slots: Any) -> Any:
+        *refs, carry = slots
+        start = order(index[0]) * size
+        if copied:
+            slot = refs.pop()
+            vectors = [slot[n] for n in range(number)]
+        elif rows is not None:  # `cp.async` does not copy as few as these
+            vectors = [plgpu.load(rows.at[n, pl.ds(start, size)], optimized=False) for n in range(number)]
+        else:
+            vectors = []
+        carry = step(start, refs, vectors, carry)
+        tiles.release(copied)
+        return carry
+
+    pipeline = plgpu.emit_pipeline(
+        one, grid=(steps,), in_specs=specs, init_carry=carry, max_concurrent_steps=stages
+    )
+    return pipeline(*sources)

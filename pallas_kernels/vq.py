@@ -39,7 +39,6 @@ so `dk` and `dv` are sums of two calls of the same backward kernels, and `dq` co
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,39 +51,14 @@ from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream
 from attn_jax.mechanisms.vq import Quantised
 from attn_jax.types import NEG_INF, Array
 from pallas_kernels import attention
-from pallas_kernels.attention import WIDTHS
-from pallas_kernels.hardware import Cost, Hardware, launch
-from pallas_kernels.instructions import Ref, Tiles, Value, store
+from pallas_kernels.hardware import Hardware
+from pallas_kernels.instructions import Ref, Tiles, Value, store, walk
+from pallas_kernels.launch import Cost, launch
+from pallas_kernels.layout import WIDTHS, head_width, round_up, side_by_side, stack_rows, unpad
 
 _LOG2_E = math.log2(math.e)
 _TILE = 64  # tokens, or codes
 _REST = 3072  # bytes of shared memory, at most, for rows in flight and alignment
-
-
-# Arrays as kernels take them: heads side by side, and numbers per token as rows.
-
-
-def _up(size: int, multiple: int = _TILE) -> int:
-    return max(1, -(-size // multiple)) * multiple
-
-
-def _width(x: Array) -> int:
-    """The next head width that copies and products take."""
-    return next(w for w in WIDTHS if w >= x.shape[-1])
-
-
-def _side_by_side(x: Array, length: int) -> Array:
-    """`(B, L, H, E)` to `(B, length, H width)`."""
-    batch, tokens, heads, e = x.shape
-    width = _width(x)
-    x = jnp.pad(x, ((0, 0), (0, length - tokens), (0, 0), (0, width - e)))
-    return x.reshape(batch, length, heads * width)
-
-
-def _row(x: Array, length: int, fill: float) -> Array:
-    """`(B, L, H)` to float32 `(B, H, length)`."""
-    x = x.astype(jnp.float32).swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])), constant_values=fill)
 
 
 # Inside a kernel.
@@ -93,49 +67,6 @@ def _row(x: Array, length: int, fill: float) -> Array:
 def _spread(row: Value, axis: int, tile: Value) -> Value:
     """One number per row (axis 0) or column (axis 1) of a tile, in its shape."""
     return lax.broadcast_in_dim(row, tile.shape, [axis])
-
-
-def _walk(
-    tiles: Tiles,
-    size: int,
-    steps: int,
-    order: Callable[[Value], Value],
-    arrays: list[tuple[Ref, Any, int]],
-    rows: Ref,
-    step: Callable[[Value, list[Ref], list[Value], Any], Any],
-    carry: Any,
-    stages: int = 2,
-) -> Any:
-    """`carry = step(number, tiles, rows, carry)` for the tiles of `size` that are numbered `order(0), order(1)`...
-
-    Args:
-      arrays: `(ref, head, width)` of what is walked over, each `(L, heads width)`.
-      stages: steps in flight.
-      rows: `(rows, L)`.
-    """
-    specs = [plgpu.BlockSpec((size, width), lambda t, head=head: (order(t), head)) for ref, head, width in arrays]
-    sources, number = [ref for ref, _, _ in arrays], rows.shape[0]
-    if tiles.hardware.tma:
-        sources.append(rows)
-        specs.append(plgpu.BlockSpec((number, size), lambda t: (0, order(t))))
-
-    def one(index: tuple[Value], *slots: Any) -> Any:
-        *refs, carry = slots
-        at = order(index[0])
-        if tiles.hardware.tma:
-            slot = refs.pop()
-            vectors = [slot[n] for n in range(number)]
-        else:
-            here = pl.ds(at * size, size)
-            vectors = [plgpu.load(rows.at[n, here], optimized=False) for n in range(number)]
-        carry = step(at, refs, vectors, carry)
-        tiles.release(True)
-        return carry
-
-    pipeline = plgpu.emit_pipeline(
-        one, grid=(steps,), in_specs=specs, init_carry=carry, max_concurrent_steps=stages
-    )
-    return pipeline(*sources)
 
 
 # Assignment.
@@ -162,15 +93,15 @@ def nearest(hardware: Hardware, x: Array, codebook: Array) -> Array:
       x: `(B, L, H, E)` float32, finite, with `E <= 128`.
       codebook: `(H, S, E)` float32.
     """
-    batch, tokens, heads, width = (*x.shape[:3], _width(x))
-    length, codes = _up(tokens), codebook.shape[1]
+    batch, tokens, heads, width = (*x.shape[:3], head_width(x.shape[3]))
+    length, codes = round_up(tokens, _TILE), codebook.shape[1]
     size = 32 if width == WIDTHS[-1] else _TILE  # codewords in a tile, whose three parts pass through registers
     stages = 2 if 6 * width * (_TILE + 2 * size) + _REST <= hardware.shared_memory else 1
     half = 0.5 * jnp.sum(jnp.square(codebook), axis=2)
-    padding = ((0, 0), (0, _up(codes) - codes))
+    padding = ((0, 0), (0, round_up(codes, _TILE) - codes))
     # A codeword of the padding is farther than any that is finite.
     rows = jnp.pad(half, padding, constant_values=float(jnp.finfo(jnp.float32).max))[:, None]
-    codewords = [_side_by_side(p.swapaxes(0, 1)[None], _up(codes))[0] for p in _parts(codebook)]
+    codewords = [side_by_side(p.swapaxes(0, 1)[None], round_up(codes, _TILE))[0] for p in _parts(codebook)]
     tiles = Tiles(hardware, jnp.bfloat16)
 
     def body(x: Ref, codewords: list[Ref], rows: Ref, codes_ref: Ref, *parts: Ref) -> None:
@@ -182,28 +113,30 @@ def nearest(hardware: Hardware, x: Array, codebook: Array) -> Array:
             plgpu.commit_smem()
         hi, mid, lo = parts
 
-        def step(at: Value, refs: list[Ref], vectors: list[Value], carry: Any) -> Any:
+        def step(start: Value, refs: list[Ref], vectors: list[Value], carry: Any) -> Any:
             c_hi, c_mid, c_lo = refs
             best, number = carry
             small = [(lo, c_hi), (mid, c_mid), (hi, c_lo)]
             product = tiles.nt_sum([*small, (mid, c_hi), (hi, c_mid), (hi, c_hi)])
             closeness = product - _spread(vectors[0], 1, product)
             top = closeness.max(axis=1)
-            numbers = lax.broadcasted_iota(jnp.int32, closeness.shape, 1) + at * size
+            numbers = lax.broadcasted_iota(jnp.int32, closeness.shape, 1) + start
             first = jnp.where(closeness == _spread(top, 0, closeness), numbers, jnp.int32(2**30)).min(axis=1)
             return jnp.maximum(best, top), jnp.where(top > best, first, number)
 
         lowest = jnp.full((_TILE,), -float(jnp.finfo(jnp.float32).max), jnp.float32)
         arrays = [(ref, head, width) for ref in codewords]
         start = lowest, jnp.zeros((_TILE,), jnp.int32)
-        _, number = _walk(tiles, size, _up(codes) // size, lambda t: t, arrays, rows.at[head], step, start, stages)
+        _, number = walk(
+            tiles, size, round_up(codes, _TILE) // size, lambda t: t, arrays, rows.at[head], step, start, stages
+        )
         store(codes_ref.at[batch, head, pl.ds(tile * _TILE, _TILE)], number)
 
     out = jax.ShapeDtypeStruct((batch, heads, length), jnp.int32)
-    products = batch * heads * length * _up(codes)
+    products = batch * heads * length * round_up(codes, _TILE)
     found = launch(
         body,
-        _side_by_side(lax.stop_gradient(x), length),
+        side_by_side(lax.stop_gradient(x), length),
         codewords,
         rows,
         name="vq_nearest",
@@ -257,12 +190,12 @@ def pool(
       block: tokens in a block, a multiple of the tile of 64; for "all", None.
     """
     batch, tokens, heads, value_width = v.shape
-    width = _width(v)
-    length = _up(tokens, block or _TILE)
-    blocks, per_block = (length // block, block // _TILE) if block else (1, length // _TILE)
-    padded = _up(number)
-    vectors = [_row(codes, length, 0), _row(weight, length, NEG_INF)]
-    vectors += [] if scalar is None else [_row(scalar, length, 0)]
+    width = head_width(value_width)
+    length = round_up(tokens, block or _TILE)
+    block = block or length
+    blocks = length // block
+    padded = round_up(number, _TILE)
+    vectors = [(codes, 0), (weight, NEG_INF), *([] if scalar is None else [(scalar, 0)])]
     tiles = Tiles(hardware, v.dtype)
     last = length // _TILE - 1
 
@@ -282,10 +215,10 @@ def pool(
             if scalar_ref is not None:
                 store(scalar_ref.at[at], scalars / divisor)
 
-        def step(at: Value, refs: list[Ref], vectors: list[Value], carry: Any) -> Any:
+        def step(start: Value, refs: list[Ref], vectors: list[Value], carry: Any) -> Any:
             if order != "all":
-                first = at % per_block == (0 if order == "before" else per_block - 1)
-                pl.when(first)(lambda: write(at // per_block, carry))
+                first = start % block == (0 if order == "before" else block - _TILE)
+                pl.when(first)(lambda: write(start // block, carry))
             sums, top, total, scalars = carry
             codes, weight, *scalar = vectors
             hit = _spread(codes, 1, owned).astype(jnp.int32) == owned
@@ -301,7 +234,7 @@ def pool(
         zero = jnp.zeros((_TILE,), jnp.float32)
         start = jnp.zeros((_TILE, width), jnp.float32), jnp.full((_TILE,), LOWEST_MAX, jnp.float32), zero, zero
         direction = (lambda t: last - t) if order == "after" else (lambda t: t)
-        end = _walk(
+        end = walk(
             tiles, _TILE, last + 1, direction, [(v.at[batch], head, width)], rows.at[batch, head], step, start
         )
         if order == "all":
@@ -317,8 +250,8 @@ def pool(
     written = batch * blocks * padded * heads * (width * tiles.dtype.itemsize + 8)
     mean, *per_code = launch(
         body,
-        _side_by_side(v, length),
-        jnp.stack(vectors, axis=2),
+        side_by_side(v, length),
+        stack_rows(vectors, length),
         name="vq_pool",
         out=out,
         grid={"tile": padded // _TILE, "head": heads, "batch": batch},
@@ -326,7 +259,7 @@ def pool(
         hardware=hardware,
         cost=Cost(2 * scores * width, scores, v.size * tiles.dtype.itemsize + written),
     )
-    mean = mean.reshape(batch * blocks, padded, heads, width)[:, :number, :, :value_width]
+    mean = unpad(mean.reshape(batch * blocks, padded, -1), number, heads, value_width)
     weights, scalars = jax.tree.map(
         lambda x: x.reshape(batch * blocks, heads, padded)[..., :number].swapaxes(1, 2), per_code
     )
@@ -354,7 +287,7 @@ class _Blocks(NamedTuple):
     def of(cls, causal: bool, quantised: Quantised) -> "_Blocks":
         """With as many tokens in a block as there are codes, snapshots are as large as what they are taken of."""
         codes = max(quantised.codebook_q.shape[1], quantised.codebook_k.shape[1])
-        return cls(min(_up(codes), _up(quantised.codes_q.shape[1])) if causal else None)
+        return cls(min(round_up(codes, _TILE), round_up(quantised.codes_q.shape[1], _TILE)) if causal else None)
 
     def fold(self, x: Array, fill: float = 0) -> Array:
         """`(B, L, ...)` to `(B blocks, block, ...)`."""
@@ -389,7 +322,7 @@ def _before(hardware: Hardware, blocks: _Blocks, v: Array, quantised: Quantised)
     order = "all" if blocks.block is None else "before"
     number = quantised.codebook_k.shape[1]
     pooled = pool(hardware, quantised.codes_k, number, weight, v, order=order, block=blocks.block)
-    keys = _repeated(quantised.codebook_k, len(pooled.mean), v.dtype)
+    keys = _repeated(quantised.codebook_k, 1, v.dtype)
     return Stream(keys, pooled.mean, features=(pooled.weight,))
 
 
@@ -400,12 +333,12 @@ def forward(hardware: Hardware, causal: bool, v: Array, quantised: Quantised) ->
     codewords = _before(hardware, blocks, v, quantised)
     if not causal:
         q = _repeated(quantised.codebook_q, batch, v.dtype)
-        out, lse, _ = attention.forward((_CODEWORDS,), hardware, offset, None, q, (), [codewords])
+        out, lse, _ = attention.forward((_CODEWORDS,), hardware, 1.0, offset, None, q, None, (), [codewords])
         at = jnp.arange(batch)[:, None, None], quantised.codes_q, jnp.arange(v.shape[2])
         return out[at], lse[at]
     q = blocks.fold(_codewords(quantised.codebook_q, quantised.codes_q, v.dtype))
     streams = [codewords, _own(blocks, v, quantised)]
-    out, lse, _ = attention.forward((_CODEWORDS, _OWN_BLOCK), hardware, offset, None, q, (), streams)
+    out, lse, _ = attention.forward((_CODEWORDS, _OWN_BLOCK), hardware, 1.0, offset, None, q, None, (), streams)
     return blocks.unfold(out, batch, length), blocks.unfold(lse, batch, length)
 
 
@@ -427,14 +360,18 @@ def backward(
         plans, streams = [*plans, _OWN_BLOCK], [*streams, own]
     q = blocks.fold(_codewords(quantised.codebook_q, quantised.codes_q, v.dtype))
     cotangents = blocks.fold(lse, -NEG_INF), blocks.fold(delta), blocks.fold(g)
-    dq, _, d_streams = attention.backward(tuple(plans), hardware, offset, None, q, (), streams, *cotangents)
+    dq, _, d_streams = attention.backward(
+        tuple(plans), hardware, 1.0, offset, None, q, None, (), streams, *cotangents
+    )
 
     number, order = quantised.codebook_q.shape[1], "after" if causal else "all"
     after = pool(hardware, quantised.codes_q, number, -lse, g, delta, order=order, block=blocks.block)
     assert after.scalar is not None
     readers = _repeated(quantised.codebook_q, len(after.mean), v.dtype)
     cotangents = -after.weight, after.scalar, after.mean
-    _, _, (d_own,) = attention.backward((_ALL,), hardware, offset, None, readers, (), [own], *cotangents)
+    _, _, (d_own,) = attention.backward(
+        (_ALL,), hardware, 1.0, offset, None, readers, None, (), [own], *cotangents
+    )
     dk, dv = d_own.keys, d_own.values
     if causal:
         dk, dv = dk + d_streams[1].keys, dv + d_streams[1].values

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
+from attn_jax.engine.dispatch import Choice
 from attn_jax.mechanisms import vq as mechanism
 from attn_jax.ops import vq_attention
 from attn_jax.types import NEG_INF
@@ -156,7 +157,7 @@ def expected(arrays, mask, g, causal):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def fused(hardware, causal, dtype, arrays, mask, g):
     """The same by the kernels, through the derivative rule of the operation."""
-    plan = mechanism._Plan(causal, 128, hardware, dtype)
+    plan = mechanism._Plan(causal, 128, Choice(hardware=hardware), dtype)
     q, k, v, *codebooks = (jnp.float32(x) for x in arrays)
     k, v = (jnp.where(mask[..., None, None], x, 0) for x in (k, v))
     out, pull = jax.vjp(lambda q, k, v: mechanism._linear(plan, q, k, v, *codebooks, mask)[0], q, k, v)

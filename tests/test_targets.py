@@ -394,22 +394,22 @@ SCRIPT = """
 import json, sys
 import jax, jax.numpy as jnp
 from eval import aot, vendors
-from pallas_kernels import hardware
+from pallas_kernels import hardware, launch
 
 def double(x_ref, o_ref):
     o_ref[...] = x_ref[...] * 2
 
-def launch(x):
+def run(x):
     out = jax.ShapeDtypeStruct((128,), jnp.float32)
-    cost = hardware.Cost(flops=128, exponentials=3, bytes=1024)
-    return hardware.launch(
+    cost = launch.Cost(flops=128, exponentials=3, bytes=1024)
+    return launch.launch(
         double, x, name="double", out=out, grid={"i": 1}, scratch=[], hardware=hardware.detect(), cost=cost
     )
 
 device = vendors.TARGETS["a100"].topology().devices[0]
 with aot.dumped() as folder, jax.default_device(device):
     x = jax.ShapeDtypeStruct((128,), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
-    compiled = jax.jit(launch).lower(x).compile()
+    compiled = jax.jit(run).lower(x).compile()
     print(device.compute_capability, json.dumps(aot.kernels(compiled.as_text(), folder)))
 """
 

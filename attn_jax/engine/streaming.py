@@ -337,12 +337,20 @@ def _backward(
 
         return like_primals(attention.backward(plans, hardware, scale, *arrays))
 
-    def portable(offset: Array, reach: Array | None, q: Array, finite: Array, *others: Any) -> Any:
-        *others, g = others
-        ok = finite[..., None]
-        q, g = _clean_queries(q, finite, scale), jnp.where(ok, g, 0)
-        dq, *rest = tiled.backward(plans, offset, reach, q, *others, g)
-        return like_primals((jnp.where(ok, dq * scale, 0), *rest))
+    def portable(
+        offset: Array,
+        reach: Array | None,
+        q: Array,
+        finite: Array,
+        query_features: Features,
+        streams: list[Stream],
+        lse: Array,
+        delta: Array,
+        g: Array,
+    ) -> Any:
+        q, g = _clean_queries(q, finite, scale), jnp.where(finite[..., None], g, 0)
+        dq, *rest = tiled.backward(plans, offset, reach, q, query_features, streams, lse, delta, g)
+        return like_primals((jnp.where(finite[..., None], dq * scale, 0), *rest))
 
     dq, d_query, d_streams = choice.run(fused, portable, *arrays, lse, delta, g)
     return None, None, dq, None, d_query, d_streams

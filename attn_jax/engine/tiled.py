@@ -114,7 +114,8 @@ def _rows(
     number = jnp.arange(batch * heads)
     row_streams = [
         _stream(
-            *(_to_rows(repeat_heads(x, heads)) for x in (s.keys, s.values)),
+            _to_rows(repeat_heads(s.keys, heads)),
+            _to_rows(repeat_heads(s.values, heads)),
             None if s.mask is None else jnp.repeat(s.mask, heads, axis=0),
             tuple(map(_to_rows, s.features)),
             jax.tree.map(lambda x: _to_rows(x).astype(int), s.span),  # as other positions

@@ -112,7 +112,6 @@ def _quantised_attention(
 ) -> tuple[Array, Array, Array]:
     """The output of `vq_attention`, and the codes of queries `(B, L, H)` and keys `(B, M, H)`."""
     name = "vq_attention"
-    choice = dispatch.choose(name, implementation)
     check_shape(name, "q", q, "(B, L, H, E)", (None,) * 4)
     batch, length, heads, width = q.shape
     keys = length if causal else None
@@ -131,8 +130,11 @@ def _quantised_attention(
         raise ValueError(f"{name}: `block_length` must be a positive integer, got {block_length!r}")
 
     given = [jnp.asarray(x) for x in given.values()]  # NumPy's float64 becomes JAX's default here
-    out_dtype, dtype = jnp.result_type(given[0], given[2]), jnp.result_type(jnp.float32, *given)
+    values = given[2]
+    out_dtype, dtype = jnp.result_type(given[0], values), jnp.result_type(jnp.float32, *given)
     q, k, v, codebook_q, codebook_k = (x.astype(dtype) for x in given)
+    choice = dispatch.choose(name, implementation, functools.partial(_unsupported, q, values))
+    operands = values.dtype if choice.hardware else dtype
     mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
     k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (k, v))
     # Codes are finite whatever was quantised: what is not must be seen all the same, in the rows that it concerns.
@@ -142,7 +144,7 @@ def _quantised_attention(
     compute = (
         functools.partial(_dense, causal)
         if choice.dense
-        else functools.partial(_linear, _Plan(causal, block_length))
+        else functools.partial(_linear, _Plan(causal, block_length, choice, operands))
     )
     rows, columns = dispatch.mesh_axes("batch", batch), dispatch.mesh_axes("heads", heads)
     if rows or columns:
@@ -256,19 +258,23 @@ def _kernels() -> Any:
     return vq
 
 
+def _unsupported(q: Array, v: Array, hardware: Hardware) -> str | None:
+    return _kernels().unsupported(hardware, q, v)
+
+
 class _Plan(NamedTuple):
     """What is static.
 
     Attributes:
       block_length: of portable XLA; the fused kernels take as many tokens at once as there are codes.
-      hardware: what the fused kernels are compiled for, None for portable XLA.
-      operands: the type of what the fused kernels multiply.
+      choice: what runs.
+      operands: the type of the values that are kept for the backward pass, and of what the fused kernels multiply.
     """
 
     causal: bool
     block_length: int
-    hardware: Hardware | None = None
-    operands: Dtype = jnp.float32
+    choice: dispatch.Choice
+    operands: Dtype
 
 
 class Quantised(NamedTuple):
@@ -290,9 +296,9 @@ class Quantised(NamedTuple):
 def _linear(
     plan: _Plan, q: Array, k: Array, v: Array, codebook_q: Array, codebook_k: Array, mask: Array
 ) -> tuple[Array, Array, Array]:
-    nearest = _nearest
-    if plan.hardware is not None:
-        nearest = functools.partial(_kernels().nearest, plan.hardware)
+    def nearest(x: Array, codebook: Array) -> Array:
+        return plan.choice.run(lambda *arguments: _kernels().nearest(*arguments), _nearest, x, codebook)
+
     quantised = Quantised(nearest(q, codebook_q), nearest(k, codebook_k), codebook_q, codebook_k, mask)
     return _read(plan, q, k, v, quantised), quantised.codes_q, quantised.codes_k
 
@@ -305,13 +311,21 @@ def _read(plan: _Plan, q: Array, k: Array, v: Array, quantised: Quantised) -> Ar
 
 def _forward(plan: _Plan, q: Array, k: Array, v: Array, quantised: Quantised) -> tuple[Array, Any]:
     del q, k
-    if plan.hardware is not None:
-        values = v.astype(plan.operands)
-        out, lse = _kernels().forward(plan.hardware, plan.causal, values, quantised)
-        return out.astype(v.dtype), (values, quantised, out, lse)
-    totals = CodeTotals.empty((v.shape[0], quantised.codebook_k.shape[1], v.shape[2]), v.shape[3], v.dtype)
-    out, lse = _forward_causal(plan, totals, v, quantised) if plan.causal else _forward_full(totals, v, quantised)
-    return out, (v, quantised, out, lse)
+    dtype = v.dtype
+
+    def fused(hardware: Hardware, v: Array, quantised: Quantised) -> tuple[Array, Array]:
+        return _kernels().forward(hardware, plan.causal, v, quantised)
+
+    def portable(v: Array, quantised: Quantised) -> tuple[Array, Array]:
+        v = v.astype(dtype)
+        totals = CodeTotals.empty((v.shape[0], quantised.codebook_k.shape[1], v.shape[2]), v.shape[3], dtype)
+        read = functools.partial(_forward_causal, plan) if plan.causal else _forward_full
+        out, lse = read(totals, v, quantised)
+        return out.astype(plan.operands), lse
+
+    v = v.astype(plan.operands)
+    out, lse = plan.choice.run(fused, portable, v, quantised)
+    return out.astype(dtype), (v, quantised, out, lse)
 
 
 def _forward_full(totals: CodeTotals, v: Array, quantised: Quantised) -> tuple[Array, Array]:
@@ -351,10 +365,19 @@ def _backward(plan: _Plan, residuals: Any, g: Array) -> tuple[Array, Array, Arra
     v, quantised, out, lse = residuals
     # A query that read nothing gets weights exp(z - lse) = 0.
     lse = jnp.where(lse > LOWEST_MAX, lse, -NEG_INF)
-    if plan.hardware is not None:
-        delta = jnp.sum(g * out, axis=-1)
-        dq, dk, dv = _kernels().backward(plan.hardware, plan.causal, v, quantised, lse, delta, g)
-        return dq.astype(g.dtype), dk.astype(g.dtype), dv.astype(g.dtype), None
+    delta = jnp.sum(g * out, axis=-1)
+
+    def fused(hardware: Hardware, *arrays: Any) -> tuple[Array, Array, Array]:
+        dq, dk, dv = _kernels().backward(hardware, plan.causal, *arrays)
+        return dq.astype(g.dtype), dk.astype(g.dtype), dv.astype(g.dtype)
+
+    portable = functools.partial(_backward_portable, plan)
+    return *plan.choice.run(fused, portable, v, quantised, lse, delta, g), None
+
+
+def _backward_portable(
+    plan: _Plan, v: Array, quantised: Quantised, lse: Array, delta: Array, g: Array
+) -> tuple[Array, Array, Array]:
     codes_q, codes_k, codebook_q, codebook_k, mask = quantised
     batch, _, heads, _ = v.shape
 
@@ -362,15 +385,16 @@ def _backward(plan: _Plan, residuals: Any, g: Array) -> tuple[Array, Array, Arra
         return _row_tiles(x, plan.block_length, fill)
 
     # Neither queries nor keys of the padding touch anything.
-    queries = _Queries(tiles(codes_q), tiles(lse, -NEG_INF), tiles(jnp.sum(g * out, axis=-1)), tiles(g))
-    keys = _Keys(tiles(codes_k), tiles(jnp.broadcast_to(mask[:, :, None], codes_k.shape)), tiles(v))
+    queries = _Queries(tiles(codes_q), tiles(lse, -NEG_INF), tiles(delta), tiles(g))
+    valid = jnp.broadcast_to(mask[:, :, None], codes_k.shape)
+    keys = _Keys(tiles(codes_k), tiles(valid), tiles(v.astype(g.dtype)))
     codebooks = (jnp.tile(c, (batch, 1, 1)) for c in (codebook_q, codebook_k))
     gradients = dispatch.over_rows(functools.partial(_backward_row, plan.causal), queries, keys, *codebooks)
     dq, dk, dv = (
         x.reshape(batch, heads, -1, x.shape[-1]).swapaxes(1, 2)[:, : like.shape[1]]
         for x, like in zip(gradients, (codes_q, codes_k, codes_k))
     )
-    return dq, dk, dv, None
+    return dq, dk, dv
 
 
 _read.defvjp(_forward, _backward)
