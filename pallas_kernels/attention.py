@@ -734,7 +734,10 @@ def backward(
     keys = _pad_keys(layout, streams)
     length, tile = queries.q.shape[1], layout.tiling.dkv[1]
     dirty = None
-    if finite is not None:
+    if finite is not None and hardware.instruction == "mma":  # whose layouts cannot clean a tile in shared memory
+        q, g = (jnp.where(finite[..., None], x, 0) for x in (q, g))
+        queries = queries._replace(q=side_by_side(q, length))
+    elif finite is not None:
         dirty = jnp.pad(~finite, ((0, 0), (0, length - q.shape[1]), (0, 0)))
         dirty = dirty.reshape(q.shape[0], -1, tile, q.shape[2]).any(2).swapaxes(1, 2).astype(jnp.int32)
     queries = queries._replace(g=side_by_side(g, length), dirty=dirty)
