@@ -17,6 +17,12 @@ def test_without_a_gpu_it_says_what_to_do():
         gpu.main([])
 
 
+def test_the_readme_says_whether_gpu_times_are_measured():
+    measured = list((gpu.TESTS.parent / "docs").glob("gpu_*.md"))
+    readme = " ".join((gpu.TESTS.parent / "README.md").read_text().split())
+    assert ("No GPU time has been measured yet" in readme) == (not measured)
+
+
 def test_pytest_output_is_counted():
     output = "FAILED tests/test_kernel_scan.py::test_a - boom\n1 failed, 20 passed, 2 skipped in 3.4s\n"
     assert gpu.outcome(output, 1) == {
