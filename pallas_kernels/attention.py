@@ -47,7 +47,7 @@ from pallas_kernels.launch import Cost, launch
 from pallas_kernels.layout import WIDTHS, head_width, round_up, side_by_side, stack_rows, unpad
 
 _LOG2_E = math.log2(math.e)
-_NOTHING = -NEG_INF / 2  # the backward pass gets a larger `lse` for queries that read nothing
+_NOT_FINITE = -NEG_INF / 2  # the backward pass gets a larger `lse` for queries that are not finite
 _NOWHERE = 2**24  # behind every key; positions are exact in float32 below it
 
 
@@ -538,7 +538,7 @@ def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, 
             arrays = [(stream.k, head, width), (stream.v, head, value_width)]
             carry = _walk(layout, tiles, block, bounds[n], key_size, arrays, stream.rows, step, carry)
         dq, d_features = carry
-        dq = jnp.where(lax.broadcast_in_dim(lse, dq.shape, [0]) < _NOTHING, dq * layout.scale, 0)
+        dq = jnp.where(lax.broadcast_in_dim(lse, dq.shape, [0]) < _NOT_FINITE, dq * layout.scale, 0)
         store(block.tokens(dq_ref, size, block.head, width), dq.astype(tiles.dtype))
         for n, d in enumerate(d_features):
             store(features_ref.at[block.batch, block.head, n, pl.ds(block.tile * size, size)], d)
@@ -590,7 +590,7 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
             *_, lse, delta = rows
 
             def clean() -> None:
-                fine = block.row(queries.rows, layout.query_rows, start, query_size) < _NOTHING
+                fine = block.row(queries.rows, layout.query_rows, start, query_size) < _NOT_FINITE
                 for ref in refs:
                     ref[...] = jnp.where(lax.broadcast_in_dim(fine, ref.shape, [0]), ref[...], 0)
                 plgpu.commit_smem()
@@ -727,7 +727,8 @@ def backward(
 ) -> tuple[Array, Features, list[Stream]]:
     """Gradients of queries, of query features and of streams, whose keys and values have one head per query head.
 
-    `lse` and `delta` are `(B, L, H)`; where nothing is read or a query is not `finite`, `lse` must be `-NEG_INF`.
+    `lse` and `delta` are `(B, L, H)`. For a query that is not `finite`, `lse` must be `-NEG_INF`, and its gradient
+    is 0; for one that read nothing or NaN, less than half of that and so large that `exp(-lse)` is 0.
     """
     layout = _layout(plans, hardware, scale, q, query_features, streams)
     queries = _pad_queries(layout, q, query_features, streams, [(lse, -NEG_INF), (delta, 0.0)])

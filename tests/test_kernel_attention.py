@@ -132,6 +132,21 @@ def test_a_bad_query_stays_in_its_row(instruction, bad):
         )
 
 
+def test_a_bad_key_is_seen(instruction):
+    """Every query that reads it is NaN, and has a gradient that is."""
+    _, arrays = inputs(15, length=40, lengths=(40,))
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (arrays["q"], *arrays["streams"][0].values()))
+    k = k.at[0, 6].set(jnp.nan)
+
+    def run(q, k, v):
+        return attend(q, [Stream(k, v)], causal=True, implementation=IMPLEMENTATION).out
+
+    out, vjp = jax.vjp(run, q, k, v)
+    dq, dk, _ = vjp(jnp.ones_like(out))
+    np.testing.assert_array_equal(np.isnan(out).any((0, 2, 3)), np.arange(40) >= 6)
+    assert np.isnan(dq[:, 6:]).all() and np.isnan(dk[:, 6]).all()
+
+
 @pytest.mark.parametrize("window", [(0, 0), (5, 3), (90, 0)])
 def test_windows(window):
     check(inputs(4, length=150, lengths=(150,))[1], window=window)

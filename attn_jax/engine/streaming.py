@@ -320,7 +320,7 @@ def _backward(
     _, _, q, finite, query_features, streams = arrays
     g, g_lse, _ = cotangents
     # Where nothing was read, exp(z - lse) must vanish and not be exp(NEG_INF - NEG_INF) = 1.
-    lse = jnp.where(finite & (lse > LOWEST_MAX), lse, -NEG_INF)
+    lse = jnp.where(finite, jnp.where(lse > LOWEST_MAX, lse, -NEG_INF / 4), -NEG_INF)
     delta = jnp.where(finite, jnp.sum(g * out, axis=-1, dtype=lse.dtype) - g_lse, 0)
 
     def like_primals(gradients: Any) -> Any:
