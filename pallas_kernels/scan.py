@@ -51,6 +51,7 @@ from attn_jax.types import Array
 from pallas_kernels.hardware import Hardware
 from pallas_kernels.instructions import Ref, Value, store
 from pallas_kernels.launch import Cost, launch
+from pallas_kernels.layout import round_up
 
 _CHANNELS = 128  # of a block, one for each thread
 _STATES = 16  # at most so many to a thread
@@ -91,9 +92,9 @@ class _Plan(NamedTuple):
     @classmethod
     def of(cls, states: int, interval: int) -> "_Plan":
         blocks = math.ceil(states / _STATES)
-        width = _round_up(math.ceil(states / blocks), 2)  # the compiler has no tiles of one number
+        width = round_up(math.ceil(states / blocks), 2)  # the compiler has no tiles of one number
         # Rows of 16 bytes for TMA, tiles of 128 numbers for cp.async.
-        columns = _round_up(2 * width, max(4, 128 // interval))
+        columns = round_up(2 * width, max(4, 128 // interval))
         return cls(interval, blocks, width, columns)
 
     def shared_memory(self) -> int:
@@ -546,10 +547,6 @@ def _row_sums(products: Ref) -> Value:
 
 def _float32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return math.ceil(x / multiple) * multiple
 
 
 def _pad(x: Array, axis: int, size: int) -> Array:

@@ -47,7 +47,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream
+from attn_jax.engine.plan import LOWEST_MAX, Plan, Stream, add_key_feature
 from attn_jax.mechanisms.vq import Quantised
 from attn_jax.types import NEG_INF, Array
 from pallas_kernels import attention
@@ -269,11 +269,7 @@ def pool(
 # The reads.
 
 
-def _plus_weight(dot: Array, distance: Array, query: Features, key: Features) -> Array:
-    return dot + key[0]
-
-
-_CODEWORDS = Plan(_plus_weight, None, None, ordered=False)
+_CODEWORDS = Plan(add_key_feature, None, None, ordered=False)
 _OWN_BLOCK = Plan(None, None, 0)
 _ALL = Plan(None, None, None)
 

@@ -132,6 +132,11 @@ def tiles(left: int | None, right: int | None) -> tuple[tuple[int, int], tuple[i
     return (_NARROW_TILE, seen), (seen, _NARROW_TILE)
 
 
+def add_key_feature(dot: Array, distance: Array, query: Features, key: Features) -> Array:
+    """The score of keys with a bias of their own, their first feature."""
+    return dot + key[0]
+
+
 def repeat_heads(x: Array, heads: int) -> Array:
     """Key heads `(B, M, K, ...)` for `heads` query heads, each as often as it serves one."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -24,7 +24,8 @@ from jax import lax
 
 from attn_jax.aux import AuxMetric, record
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
-from attn_jax.engine.streaming import Attended, Features, Stream, attend, dense_weights
+from attn_jax.engine.plan import add_key_feature
+from attn_jax.engine.streaming import Attended, Stream, attend, dense_weights
 from attn_jax.mechanisms.base import Attention, KeyValueCache, check_tokens, logical_axes
 from attn_jax.registry import register
 from attn_jax.types import Array, Dtype, check_shape
@@ -92,16 +93,12 @@ def _attend(
     return attend(
         q,
         streams,
-        score=_add_stream_bias if streams[0].features else None,
+        score=add_key_feature if streams[0].features else None,
         causal=causal,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         implementation=implementation,
         operation="dual_kv_attention",
     )
-
-
-def _add_stream_bias(dot: Array, distance: Array, query: Features, key: Features) -> Array:
-    return dot + key[0]
 
 
 class DualCache(NamedTuple):
@@ -197,7 +194,7 @@ class DualKVAttention(Attention):
     def weights(self, x: Array, mask: Array | None, context: Array | None, context_mask: Array | None) -> Array:
         """The weight that a query gives to a token, over both streams."""
         q, streams = self._project(x, mask, context, context_mask)
-        score = _add_stream_bias if streams[0].features else None
+        score = add_key_feature if streams[0].features else None
         return dense_weights(q, streams, score=score, causal=self.causal, scale=self.head_dim**-0.5)
 
     def stream_shares(

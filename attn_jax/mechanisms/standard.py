@@ -12,6 +12,7 @@ all values.
 import jax.numpy as jnp
 
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
+from attn_jax.engine.plan import add_key_feature
 from attn_jax.engine.streaming import Features, Stream, attend, dense_weights
 from attn_jax.mechanisms.base import ProjectedAttention
 from attn_jax.registry import register
@@ -52,16 +53,12 @@ def standard_attention(
     return attend(
         q,
         [Stream(k, v, mask, features, bias)],
-        score=_add_key_feature if features else None,
+        score=add_key_feature if features else None,
         causal=causal,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         implementation=implementation,
         operation="standard_attention",
     ).out
-
-
-def _add_key_feature(dot: Array, distance: Array, query: Features, key: Features) -> Array:
-    return dot + key[0]
 
 
 def _split_bias(q: Array, k: Array, bias: Array | None) -> tuple[Features, Array | None]:

@@ -50,8 +50,8 @@ from jax.sharding import PartitionSpec as P
 from attn_jax.aux import AuxLoss, AuxMetric, record
 from attn_jax.engine import dispatch
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
-from attn_jax.engine.plan import LOWEST_MAX
-from attn_jax.engine.streaming import Features, Stream, attend, dense_weights
+from attn_jax.engine.plan import LOWEST_MAX, add_key_feature
+from attn_jax.engine.streaming import Stream, attend, dense_weights
 from attn_jax.mechanisms.base import ProjectedAttention, check_tokens
 from attn_jax.registry import register
 from attn_jax.types import NEG_INF, Array, Dtype, check_mask, check_shape
@@ -227,10 +227,6 @@ class CodeTotals(NamedTuple):
         return Stream(keys, self.means(), features=(self.log_counts(),), ordered=False)
 
 
-def _add_log_count(dot: Array, distance: Array, query: Features, key: Features) -> Array:
-    return dot + key[0]
-
-
 # The readable version: attention over all keys, differentiated by autodiff.
 
 
@@ -358,7 +354,7 @@ def _forward_causal(plan: _Plan, totals: CodeTotals, v: Array, quantised: Quanti
 
 def _attend(q: Array, streams: list[Stream], causal: bool = False) -> Any:
     options: dict[str, Any] = {"implementation": "xla", "operation": "vq_attention"}
-    return attend(q, streams, score=_add_log_count, causal=causal, **options)
+    return attend(q, streams, score=add_key_feature, causal=causal, **options)
 
 
 def _backward(plan: _Plan, residuals: Any, g: Array) -> tuple[Array, Array, Array, None]:
