@@ -17,8 +17,8 @@ FLOOR_LENGTH = 16384
 HEAD_WIDTH = aot.SETTINGS.dim // aot.SETTINGS.heads
 
 
-def markdown(entries: Entries, code: str) -> str:
-    """All tables; `code` is the fingerprint of the present code."""
+def markdown(entries: Entries, code: Mapping[str, str]) -> str:
+    """All tables; `code` is the fingerprint of the present code, by kind of entry."""
     sections = [_conditions(entries, code), _compiles(entries), _kernels(entries), _memory(entries)]
     sections += [_steps(entries), _floor(entries)]
     return "\n\n".join(["# Targets", *filter(None, sections)]) + "\n"
@@ -74,12 +74,12 @@ def _filled(prose: str) -> str:
     return textwrap.fill(prose, 115, break_long_words=False, break_on_hyphens=False)
 
 
-def _conditions(entries: Entries, code: str) -> str:
+def _conditions(entries: Entries, code: Mapping[str, str]) -> str:
     if not entries:
         return "Nothing is recorded."
     made = sorted({", ".join(f"{k} {v}" for k, v in e["versions"].items()) for e in entries.values()})
     dates = sorted({e["date"] for e in entries.values()})
-    stale = sum(e["code"] != code for e in entries.values())
+    stale = sum(e["code"] != code[e["kind"]] for e in entries.values())
     settings = aot.SETTINGS
     return _filled(
         "Compiled ahead of time for devices that are not there: nothing ran. Written by `python -m eval.targets`"

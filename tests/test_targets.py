@@ -169,7 +169,7 @@ def installed(monkeypatch):
     """As if there were compilers: the keys of the jobs that were started, and what becomes of a job."""
     monkeypatch.setattr(vendors, "obstacle", lambda family: None)
     monkeypatch.setattr(vendors, "versions", lambda family: {"jax": "1.0"})
-    monkeypatch.setattr(targets, "fingerprint", lambda: "0")
+    monkeypatch.setattr(targets, "fingerprint", lambda kind: "0")
     state = SimpleNamespace(started=[], result=lambda job: RECORD)
 
     def run(self, job):
@@ -216,7 +216,7 @@ def test_what_would_be_found_anew_is_compiled_anew(installed, tmp_path, capsys, 
     if change == "versions":
         monkeypatch.setattr(vendors, "versions", lambda family: {"jax": "2.0"})
     if change == "code":
-        monkeypatch.setattr(targets, "fingerprint", lambda: "1")
+        monkeypatch.setattr(targets, "fingerprint", lambda kind: "1")
     assert compile_two(capsys, tmp_path, *(["--lengths", "32"] if change == "lengths" else []))[0] == 0
     assert len(installed.started) == 4
 
