@@ -13,7 +13,7 @@ from train import evaluation, loop, sharding, state, tasks
 from train.checkpoints import Checkpoints
 from train.cli import Interrupted, RunError
 from train.config import config_hash
-from train.workdir import open_workdir, read_metrics
+from train.workdir import open_workdir, read_json, read_metrics
 
 # Two compilations of one computation in one process; on a CPU they agree to the bit, which is not promised.
 ROUNDING = 1e-6
@@ -86,10 +86,14 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(finished)
     workdir, result = finished
     config = config_of(eval_batch_size=8)
     config.mesh.data = 4
-    measured = evaluation.evaluate_best(config, workdir, "test")
+    with evaluation.restored(config, workdir) as run:
+        measured, examples = evaluation.measure(run, "test")
     assert measured["step"] == result["best_step"]
     for name, value in result["test"].items():
         np.testing.assert_allclose(measured["metrics"][name], value, rtol=ROUNDING)
+    assert read_json(workdir / "test_examples.json", "")["accuracy"] == examples["accuracy"]
+    assert len(examples["loss"]) == config.task.sizes.test  # dummies are no examples
+    np.testing.assert_allclose(np.mean(examples["loss"]), measured["metrics"]["loss"], rtol=ROUNDING)
     task = tasks.prepare(config_of(eval_batch_size=1))
     with sharding.activate(task.config) as mesh:
         model = state.define(task, mesh)
@@ -97,8 +101,10 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(finished)
         one_by_one = evaluation.evaluate(
             evaluation.make_eval_step(task, model), best, task.eval_batches("test"), mesh
         )
-    assert one_by_one["accuracy"] == result["test"]["accuracy"]
-    np.testing.assert_allclose(one_by_one["loss"], result["test"]["loss"], rtol=ROUNDING)
+    assert one_by_one.examples["accuracy"] == examples["accuracy"]
+    np.testing.assert_allclose(one_by_one.examples["loss"], examples["loss"], rtol=ROUNDING)
+    assert one_by_one.means["accuracy"] == result["test"]["accuracy"]
+    np.testing.assert_allclose(one_by_one.means["loss"], result["test"]["loss"], rtol=ROUNDING)
 
 
 @pytest.mark.parametrize("item", ["params", "rest", "optimizer", "progress", "data"])
@@ -135,16 +141,20 @@ def test_a_run_resumed_from_the_checkpoint_before_ends_the_same(copied):
     assert len(records) == len(set(records)) == 4 + 3 + 1
 
 
+def measured(accuracy):
+    return evaluation.Measured({"loss": 1.0, "accuracy": accuracy}, {})
+
+
 def test_training_stops_when_validation_no_longer_improves(tmp_path, monkeypatch):
     values = iter([0.5, 0.6, 0.6, 0.55, 0.4])  # four validations, of which the second is the best, and the test
-    monkeypatch.setattr(loop, "evaluate", lambda *arguments: {"loss": 1.0, "accuracy": next(values)})
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: measured(next(values)))
     result = run(config_of(patience=2, steps=100, eval_every=2), tmp_path / "run")
     assert (result["steps"], result["best_step"], result["steps_to_90_percent_of_best"]) == (8, 4, 4)
     assert (result["validation"], result["test"]["accuracy"]) == (0.6, 0.4)
 
 
 def test_a_best_model_that_was_not_saved_is_taken_from_the_last_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "evaluate", lambda *arguments: {"loss": 1.0, "accuracy": 0.5})
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: measured(0.5))
     config = config_of(steps=2)
     assert run(config, tmp_path / "run")["best_step"] == 2
     shutil.rmtree(tmp_path / "run/checkpoints/best")  # as if killed between the two saves of a validation

@@ -25,7 +25,7 @@ from train import optimizer, sharding, state, tasks
 from train.checkpoints import Checkpoints, restore_best
 from train.cli import Interrupted, RunError, user_errors
 from train.config import Config, config_hash
-from train.evaluation import evaluate, make_eval_step
+from train.evaluation import Measured, evaluate, make_eval_step
 from train.reporting import Reporter
 from train.state import ModelDef, ModelState, TrainState, num_parameters, shardings_of
 from train.tasks import Batch, Task
@@ -182,8 +182,7 @@ class Trainer:
         return step > 0 and not done and (step % self.config.eval_every == 0 or step >= self.config.steps)
 
     def _validate(self, stop: "StopRequest") -> None:
-        metrics = self._evaluate(self.state.model, "val", stop)
-        value = metrics[self.task.primary]
+        value = self._evaluate(self.state.model, "val", stop).means[self.task.primary]
         if not math.isfinite(value):
             raise RunError(f"step {self.progress.step}: validation {self.task.primary} is {value}")
         self.progress.history.append((self.progress.step, value))
@@ -191,15 +190,15 @@ class Trainer:
             self.checkpoints.save_best(self.state)
         self._save()
 
-    def _evaluate(self, model: ModelState, split: str, stop: "StopRequest") -> dict[str, float]:
+    def _evaluate(self, model: ModelState, split: str, stop: "StopRequest") -> Measured:
         def watched() -> Iterator[Batch]:
             for batch in self.task.eval_batches(split):
                 stop.check()
                 yield batch
 
-        metrics = evaluate(self.eval_step, model, watched(), self.mesh)
-        self.reporter.write(int(model.step), split, metrics)
-        return metrics
+        measured = evaluate(self.eval_step, model, watched(), self.mesh)
+        self.reporter.write(int(model.step), split, measured.means)
+        return measured
 
     def _save(self) -> None:
         self.checkpoints.save_last(self.state, asdict(self.progress), self.batches.get_state())
@@ -218,7 +217,8 @@ class Trainer:
         self.checkpoints.wait()
         best = restore_best(self.workdir, self.model.abstract)
         test = self._evaluate(best, "test", stop)
-        result = self._result(int(best.step), test)
+        write_json(self.workdir / "test_examples.json", test.examples)
+        result = self._result(int(best.step), test.means)
         write_json(self.workdir / "result.json", result)
         return result
 

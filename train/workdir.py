@@ -1,10 +1,11 @@
 """The work directory of a run: all that evaluation and reports read, and what a repeated command resumes from.
 
-config.json     the settings of the run
-metrics.jsonl   a record per line: {"step", "split", metrics...}
-events.out.*    the same for TensorBoard
-checkpoints/    `last` to resume from, `best` to evaluate
-result.json     at the end: test metrics of the best checkpoint, baselines, costs, versions
+config.json         the settings of the run
+metrics.jsonl       a record per line: {"step", "split", metrics...}
+events.out.*        the same for TensorBoard
+checkpoints/        `last` to resume from, `best` to evaluate
+result.json         at the end: test metrics of the best checkpoint, baselines, costs, versions
+test_examples.json  by metric, the value of each test example, in the order of the task's batches
 """
 
 import fcntl

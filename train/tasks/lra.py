@@ -38,11 +38,8 @@ class SequenceClassification(Task):
         return TransformerClassifier(
             vocab_size=self.vocab_size,
             num_classes=self.num_classes,
-            mechanism=config.mechanism.name,
-            options={key: value for key, value in config.mechanism.items() if key != "name"},
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
+            **self.mechanism_arguments(),
             **config.model,
         )
 
@@ -57,10 +54,9 @@ class SequenceClassification(Task):
     def metrics(self, model: nnx.Module, batch: Batch) -> Metrics:
         logits = model(batch["tokens"], mask=batch["mask"]).astype(jnp.float32)
         weight = batch["example_mask"].astype(jnp.float32)
-        count = weight.sum()
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        correct = logits.argmax(axis=-1) == batch["label"]
-        return {"loss": ((losses * weight).sum(), count), "accuracy": ((correct * weight).sum(), count)}
+        correct = (logits.argmax(axis=-1) == batch["label"]).astype(jnp.float32)
+        return {"loss": (losses, weight), "accuracy": (correct, weight)}
 
     def baselines(self, split: str) -> dict[str, float]:
         return {"majority": listops.majority_accuracy(self.data["train"].labels, self.data[split].labels)}

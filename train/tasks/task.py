@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import grain
+import jax.numpy as jnp
 from flax import nnx
 
 from attn_jax.types import Array
@@ -14,7 +15,7 @@ Batch = Mapping[str, Any]
 """Arrays whose first axis is the batch, by name."""
 
 Metrics = dict[str, tuple[Array, Array]]
-"""A sum over examples and the number of examples it is over, by name."""
+"""By name, a value for each example `(B,)` and its weight `(B,)`: 0 for a dummy, or where a value is undefined."""
 
 
 class Task(ABC):
@@ -48,6 +49,16 @@ class Task(ABC):
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """The untrained model."""
 
+    def mechanism_arguments(self) -> dict[str, Any]:
+        """What the config says about the mechanism and the types, as arguments of a model."""
+        config = self.config
+        return {
+            "mechanism": config.mechanism.name,
+            "options": {key: value for key, value in config.mechanism.items() if key != "name"},
+            "dtype": jnp.dtype(config.dtype),
+            "param_dtype": jnp.dtype(config.param_dtype),
+        }
+
     @abstractmethod
     def train_iterator(self, seed: int) -> grain.DatasetIterator:
         """Endless training batches, a function of `seed` and the position in `get_state()`."""
@@ -66,5 +77,15 @@ class Task(ABC):
 
     def loss(self, model: nnx.Module, batch: Batch) -> tuple[Array, dict[str, Array]]:
         """The scalar that training minimises, and the means to log beside it."""
-        means = {name: total / count for name, (total, count) in self.metrics(model, batch).items()}
-        return means.pop("loss"), means
+        return means_of(self.metrics(model, batch))
+
+
+def means_of(metrics: Metrics) -> tuple[Array, dict[str, Array]]:
+    """The mean loss, and all other means by name."""
+    means = {name: _weighted_mean(*pair) for name, pair in metrics.items()}
+    return means.pop("loss"), means
+
+
+def _weighted_mean(values: Array, weights: Array) -> Array:
+    """Of `values` `(B,)`; those of weight 0 may be anything."""
+    return jnp.sum(jnp.where(weights > 0, values * weights, 0)) / weights.sum()
