@@ -92,6 +92,31 @@ def test_each_part_of_a_block_has_one_residual(norm):
     close(call(block, x), by_hand(block, x))
 
 
+def test_a_gated_mlp():
+    block = shake(TransformerBlock(DIM, HEADS, activation="swiglu", options=DENSE, rngs=nnx.Rngs(0)))
+
+    @nnx.jit
+    def by_hand(block, x):
+        x = x + block.attention(block.attention_norm(x))
+        h = block.mlp_norm(x)
+        return x + block.mlp_out(jax.nn.silu(block.mlp_gate(h)) * block.mlp_in(h))
+
+    close(call(block, inputs()), by_hand(block, inputs()))
+
+
+def test_drop_path_skips_a_part_for_a_whole_example_and_keeps_the_mean():
+    rate, x = 0.25, np.broadcast_to(inputs()[:1], (400, LENGTH, DIM))
+    block = shake(TransformerBlock(DIM, HEADS, drop_path=rate, options=DENSE, rngs=nnx.Rngs(0)))
+    nnx.update(block.mlp_out, jax.tree.map(jnp.zeros_like, nnx.state(block.mlp_out)))  # one part is left
+    block.eval()
+    added = call(block, x[:1]) - x[:1]
+    block.train()
+    y = call(block, x) - x
+    kept = np.abs(y).max((1, 2)) > 0
+    assert abs(kept.mean() - (1 - rate)) < 0.1  # 4.6 standard deviations of 400 draws
+    close(y[kept], np.broadcast_to(added / (1 - rate), y[kept].shape))
+
+
 def test_without_output_projections_a_pre_norm_block_is_the_identity():
     block = shake(TransformerBlock(DIM, HEADS, options=DENSE, rngs=nnx.Rngs(0)))
     for layer in (block.attention.out, block.mlp_out):

@@ -1,5 +1,13 @@
 """Models that take any mechanism."""
 
+from attn_jax.models.slots import SlotBasedVideoModel, SlotDecoder, SlotEncoder
 from attn_jax.models.transformer import Transformer, TransformerBlock, TransformerClassifier
 
-__all__ = ["Transformer", "TransformerBlock", "TransformerClassifier"]
+__all__ = [
+    "SlotBasedVideoModel",
+    "SlotDecoder",
+    "SlotEncoder",
+    "Transformer",
+    "TransformerBlock",
+    "TransformerClassifier",
+]

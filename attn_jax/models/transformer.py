@@ -12,10 +12,12 @@ from attn_jax.registry import build
 from attn_jax.types import Array, Dtype, check_mask
 
 Pool = Literal["cls", "first", "mean"]
+Norm = Literal["pre", "post"]
+Activation = Literal["gelu", "swiglu"]
 
 
 class TransformerBlock(nnx.Module):
-    """A mechanism and a GELU MLP, each with one residual connection.
+    """A mechanism and an MLP, each with one residual connection.
 
     Args:
       dim: model width `D`.
@@ -23,8 +25,10 @@ class TransformerBlock(nnx.Module):
       mechanism: its name in `attn_jax.MECHANISMS`.
       options: its options.
       mlp_dim: hidden width of the MLP, None for `4 D`.
+      activation: of the MLP, "gelu" or "swiglu" (`silu(x W) * (x V)`, one matrix more; Shazeer 2020).
       norm: "pre" normalises the input of each part, "post" the sum of input and output.
       dropout: rate on the output of each part and on the MLP's hidden layer, in training mode.
+      drop_path: rate at which an example skips a part, in training mode (stochastic depth, Huang et al. 2016).
       causal, dtype, param_dtype, rngs: as in `attn_jax.build`.
     """
 
@@ -36,15 +40,19 @@ class TransformerBlock(nnx.Module):
         mechanism: str = "standard",
         options: Mapping[str, Any] | None = None,
         mlp_dim: int | None = None,
-        norm: Literal["pre", "post"] = "pre",
+        activation: Activation = "gelu",
+        norm: Norm = "pre",
         dropout: float = 0.0,
+        drop_path: float = 0.0,
         causal: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        if norm not in ("pre", "post"):
-            raise ValueError(f"TransformerBlock: `norm` must be 'pre' or 'post', got {norm!r}")
+        for name, value, known in (("norm", norm, Norm), ("activation", activation, Activation)):
+            if value not in get_args(known):
+                choices = " or ".join(map(repr, get_args(known)))
+                raise ValueError(f"TransformerBlock: `{name}` must be {choices}, got {value!r}")
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         hidden = 4 * dim if mlp_dim is None else mlp_dim
         self.norm = norm
@@ -58,6 +66,14 @@ class TransformerBlock(nnx.Module):
         self.mlp_in = nnx.Linear(dim, hidden, kernel_init=xavier, kernel_metadata=into, **types, rngs=rngs)
         self.mlp_out = nnx.Linear(hidden, dim, kernel_init=xavier, kernel_metadata=outof, **types, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        # These two only where asked for: each draws from `rngs`, and would change what all others draw.
+        gated = activation == "swiglu"
+        self.mlp_gate = (
+            nnx.Linear(dim, hidden, kernel_init=xavier, kernel_metadata=into, **types, rngs=rngs)
+            if gated
+            else None
+        )
+        self.drop_path = nnx.Dropout(drop_path, broadcast_dims=(1, 2), rngs=rngs) if drop_path else None
 
     def __call__(
         self,
@@ -75,13 +91,16 @@ class TransformerBlock(nnx.Module):
             return self.attention(x, mask=mask, **cross)
 
         def mlp(x: Array) -> Array:
-            return self.mlp_out(self.dropout(nnx.gelu(self.mlp_in(x))))
+            hidden = self.mlp_in(x)
+            hidden = nnx.gelu(hidden) if self.mlp_gate is None else nnx.silu(self.mlp_gate(x)) * hidden
+            return self.mlp_out(self.dropout(hidden))
+
+        def dropped(x: Array) -> Array:
+            x = self.dropout(x)
+            return x if self.drop_path is None else self.drop_path(x)
 
         for part, norm in ((attend, self.attention_norm), (mlp, self.mlp_norm)):
-            if self.norm == "pre":
-                x = x + self.dropout(part(norm(x)))
-            else:
-                x = norm(x + self.dropout(part(x)))
+            x = x + dropped(part(norm(x))) if self.norm == "pre" else norm(x + dropped(part(x)))
         return x
 
 

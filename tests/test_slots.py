@@ -1,0 +1,331 @@
+"""The slot video model: what does not depend on what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import attn_jax
+from attn_jax.models import SlotBasedVideoModel, SlotEncoder
+from attn_jax.models.slots import SlotPredictor
+
+BATCH, TIME, SIDE, PATCH, DIM, HEADS, SLOTS = 2, 4, 8, 2, 8, 2, 3
+PATCHES = (SIDE // PATCH) ** 2
+# float32 through a few layers of width 8, values around 1; softmax and norms in another order of summation.
+ROUNDING = 2e-5
+
+
+def shake(module, seed=1):
+    """Random values in every parameter, so that biases, norms and scalars do something."""
+    normal = np.random.default_rng(seed).normal
+    params = nnx.state(module, nnx.Param)
+    nnx.update(module, jax.tree.map(lambda p: p + 0.3 * normal(size=p.shape).astype(p.dtype), params))
+    return module
+
+
+def model(**options):
+    made = SlotBasedVideoModel(
+        height=SIDE, width=SIDE, patch_size=PATCH, dim=DIM, num_heads=HEADS, num_slots=SLOTS, num_layers=1,
+        rngs=nnx.Rngs(0), **options,
+    )  # fmt: skip
+    shake(made).eval()
+    return made
+
+
+def encoder(**options):
+    made = SlotEncoder(DIM, HEADS, num_slots=SLOTS, num_patches=PATCHES, num_layers=2, rngs=nnx.Rngs(0), **options)
+    shake(made).eval()
+    return made
+
+
+def arrays(seed=0):
+    draw = np.random.default_rng(seed)
+    return (draw.normal(size=(BATCH, n, DIM)).astype(np.float32) for n in (PATCHES, SLOTS))
+
+
+def video(seed=0):
+    return np.random.default_rng(seed).random((BATCH, TIME, SIDE, SIDE, 3), np.float32)
+
+
+call = nnx.jit(lambda module, *args: module(*args))
+
+
+def close(a, b):
+    np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING)
+
+
+# The encoder.
+
+
+@pytest.mark.parametrize("competition", ["tokens", "slots"])
+def test_slots_are_exchangeable_and_share_every_patch(competition):
+    made, (tokens, slots) = encoder(competition=competition), arrays()
+    order = np.array([2, 0, 1])
+    out, masks = call(made, tokens, slots)
+    swapped, swapped_masks = call(made, tokens, slots[:, order])
+    close(swapped, out[:, order])
+    close(swapped_masks, masks[:, order])
+    close(masks.sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("competition", ["tokens", "slots"])
+def test_the_order_of_tokens_does_not_matter(competition):
+    made, (tokens, slots) = encoder(competition=competition), arrays()
+    if competition == "tokens":  # the source adds where a slot looks, which does depend on the order
+        nnx.update(made.mlp_out, jax.tree.map(jnp.zeros_like, nnx.state(made.mlp_out)))
+    order = np.random.default_rng(1).permutation(PATCHES)
+    out, masks = call(made, tokens, slots)
+    shuffled, shuffled_masks = call(made, tokens[:, order], slots)
+    close(shuffled, out)
+    close(shuffled_masks, masks[:, :, order])
+
+
+def test_slot_attention_is_the_published_algorithm():
+    made, (tokens, slots) = encoder(competition="slots", num_iterations=2), arrays()
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(nnx.state(made.attention, nnx.Param)))
+
+    def linear(layer, x):
+        return x @ layer["kernel"] + layer.get("bias", 0)
+
+    def norm(layer, x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * layer["scale"] + layer["bias"]
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def gru(h, x):
+        (ir, iz, i), (hr, hz, hn) = (
+            np.split(linear(p["gru"][f"dense_{s}"], a), 3, -1) for s, a in (("i", x), ("h", h))
+        )
+        z = sigmoid(iz + hz)
+        return (1 - z) * np.tanh(i + sigmoid(ir + hr) * hn) + z * h
+
+    s, x = slots.astype(np.float64), norm(p["token_norm"], tokens.astype(np.float64))
+    for _ in range(2):
+        logits = linear(p["query"], norm(p["slot_norm"], s)) @ linear(p["key"], x).mT / np.sqrt(DIM)
+        a = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        w = a / a.sum(2, keepdims=True)
+        s = gru(s, w @ linear(p["value"], x))
+        s = s + linear(p["mlp_out"], np.maximum(linear(p["mlp_in"], norm(p["mlp_norm"], s)), 0))
+    out, masks = call(made, tokens, slots)
+    close(masks, a)
+    close(out, s)
+
+
+def test_noise_is_for_training_and_new_for_every_frame():
+    made = model(noise=1.0, recurrent=True)
+    frames = np.broadcast_to(video()[:, :1], (BATCH, TIME, SIDE, SIDE, 3))
+    np.testing.assert_array_equal(call(made, frames).slots, call(made, frames).slots)
+    quiet = call(made, frames).slots
+    made.train()
+    noise = call(made, frames).slots[:, 0] - quiet[:, 0]
+    assert np.abs(noise).min() > 0 and 0.5 < noise.std() < 1.5  # 48 draws from the standard normal
+    other = call(made, frames).slots
+    assert np.abs(other[:, 0] - quiet[:, 0] - noise).min() > 0
+    assert np.abs(other[:, 1] - other[:, 0]).min() > 0
+
+
+def test_sampled_slots_differ_between_slots_and_examples_and_learned_ones_are_learned():
+    sampled = encoder(competition="slots", initial="sampled").initial_slots(2).reshape(2 * SLOTS, DIM)
+    assert len(np.unique(sampled[:, 0])) == 2 * SLOTS
+    for initial, trained in (("fixed", 0), ("learned", 1)):
+        made = encoder(initial=initial)
+        one, other = made.initial_slots(2)
+        np.testing.assert_array_equal(one, other)
+        assert (
+            sum(path[-1] == "prototypes" for path, _ in nnx.to_flat_state(nnx.state(made, nnx.Param))) == trained
+        )
+
+
+# Through time.
+
+
+def test_a_model_that_is_not_recurrent_sees_each_frame_alone():
+    made, frames = model(), video()
+    together = call(made, frames)
+    for t in range(TIME):
+        alone = call(made, frames[:, t : t + 1])
+        close(together.frames[:, t], alone.frames[:, 0])
+        close(together.masks[:, t], alone.masks[:, 0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"history": 2, "time_rope": True},
+        {"competition": "slots", "token_layers": 1, "token_span": "video"},
+    ],
+    ids=["tokens", "slots"],
+)
+def test_a_recurrent_model_does_not_see_the_future(options):
+    made, frames = model(recurrent=True, **options), video()
+    changed = np.concatenate([frames[:, :2], video(1)[:, 2:]], axis=1)
+    before, after = call(made, frames), call(made, changed)
+    for one, other in zip(before, after):
+        np.testing.assert_array_equal(one[:, :2], other[:, :2])
+        assert np.abs(one[:, 2:] - other[:, 2:]).max() > 0.01  # the present it does
+    # And the past it does, through the slots alone.
+    late = np.concatenate([video(1)[:, :2], frames[:, 2:]], axis=1)
+    assert np.abs(call(made, late).slots[:, 2:] - before.slots[:, 2:]).max() > 1e-4
+
+
+def test_a_prediction_is_the_predictor_repeated():
+    made, frames = model(recurrent=True, history=2, time_rope=True), video()
+    seen = call(made, frames[:, :3])
+    predicted = nnx.jit(lambda made, frames: made.predict(frames, 3))(made, frames[:, :3])
+    close(predicted[:, 0], seen.predicted[:, -1])
+    close(call(made, frames).predicted[:, :3], seen.predicted)
+
+    @nnx.jit
+    def by_hand(predictor):
+        slots, history = seen.slots[:, 0], predictor.no_history(seen.slots[:, 0])
+        for t in range(1, 3):
+            _, history = predictor(history, slots)
+            slots = seen.slots[:, t]
+        found = []
+        for _ in range(3):
+            slots, history = predictor(history, slots)
+            found.append(slots)
+        return jnp.stack(found, axis=1)
+
+    close(predicted, by_hand(made.predictor))
+
+
+def test_the_predictor_remembers_what_its_history_holds():
+    made = [
+        shake(SlotPredictor(DIM, HEADS, history=history, time_rope=rope, rngs=nnx.Rngs(0)))
+        for history, rope in ((1, False), (1, True), (3, False), (3, True))
+    ]
+    _, first = arrays()
+    _, second = arrays(1)
+
+    @nnx.jit
+    def follow(predictor, *frames):
+        history = predictor.no_history(frames[0])
+        for slots in frames:
+            predicted, history = predictor(history, slots)
+        return predicted
+
+    alone = follow(made[0], second)
+    for predictor in made:  # nothing is remembered of what was not there, and no distance is none
+        close(follow(predictor, second), alone)
+    plain, _, longer, turned = (follow(predictor, first, second) for predictor in made)
+    close(plain, alone)
+    assert min(np.abs(longer - alone).max(), np.abs(turned - longer).max()) > 1e-3
+    # Four frames later, of three that are remembered, nothing is left.
+    close(follow(made[3], first, second, second, second), follow(made[3], second, second, second))
+
+
+# Space.
+
+
+def test_a_pixel_belongs_to_its_patch_on_the_way_in_and_out():
+    made, frames = model(), video()
+    changed = frames.copy()
+    changed[0, 1, 5, 2] += 1
+    row, column = 5 // PATCH, 2 // PATCH
+    tokens = nnx.jit(lambda made, frames: made.tokens(frames))
+    difference = np.abs(tokens(made, changed) - tokens(made, frames)).max(-1)
+    expected = np.zeros_like(difference)
+    expected[0, 1, row * (SIDE // PATCH) + column] = 1
+    np.testing.assert_array_equal(difference > 0, expected > 0)
+
+    queries = made.decoder.queries[...]
+    made.decoder.queries[...] = queries.at[row * (SIDE // PATCH) + column].add(1.0)
+    _, slots = arrays()
+    moved = call(made.decoder, slots)
+    made.decoder.queries[...] = queries
+    touched = np.abs(moved - call(made.decoder, slots)).max((0, 3)) > 0
+    expected = np.zeros((SIDE, SIDE), bool)
+    expected[row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] = True
+    np.testing.assert_array_equal(touched, expected)
+
+
+def test_the_decoder_does_not_know_which_slot_is_which():
+    made = model(mechanism="dual_kv")
+    _, slots = arrays()
+    close(call(made.decoder, slots), call(made.decoder, slots[:, ::-1]))
+    shares = made.decoder.stream_shares(slots)
+    assert shares.shape == (BATCH, PATCHES, HEADS, 2)
+    close(shares.sum(-1), 1)
+
+
+@pytest.mark.parametrize("mechanism", sorted(attn_jax.MECHANISMS))
+def test_every_mechanism_has_its_place(mechanism):
+    def output(frames):
+        return SlotBasedVideoModel(
+            height=SIDE, width=SIDE, patch_size=PATCH, dim=DIM, num_heads=HEADS, num_slots=SLOTS, num_layers=1,
+            token_layers=1, mechanism=mechanism, rngs=nnx.Rngs(0),
+        )(frames).frames  # fmt: skip
+
+    assert jax.eval_shape(output, jnp.zeros((BATCH, TIME, SIDE, SIDE, 3))).shape == (BATCH, TIME, SIDE, SIDE, 3)
+
+
+def test_no_parameter_is_dead_where_all_parts_are_used():
+    made = model(mechanism="dual_kv", token_layers=1, token_span="video", initial="learned", recurrent=True)
+
+    def loss(made):
+        out = made(video())
+        return jnp.sum(made.decode(out.predicted) ** 2) + jnp.sum(out.frames**3)
+
+    gradient = nnx.jit(nnx.grad(loss))(made)
+    for path, leaf in nnx.to_flat_state(gradient):
+        assert np.abs(leaf[...]).max() > 0, path
+
+
+def test_what_a_mechanism_records_and_learns_without_gradients_survives_the_loop_over_frames():
+    def measure(made):
+        made.train()
+        made(video())
+        return attn_jax.pop_aux(made)
+
+    options = {"mechanism": "vq", "options": {"num_codes": 4}}
+    made = model(recurrent=True, **options)
+    before = jax.tree.leaves(nnx.state(made.encoder, nnx.Not(nnx.Param)))
+    for recurrent, alone in zip(nnx.jit(measure)(made), nnx.jit(measure)(model(**options))):
+        assert recurrent.keys() == alone.keys() and any(name.startswith("encoder/") for name in recurrent)
+    after = jax.tree.leaves(nnx.state(made.encoder, nnx.Not(nnx.Param)))
+    assert any(np.any(a != b) for a, b in zip(before, after) if jnp.issubdtype(a.dtype, jnp.floating))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"patch_size": 3}, "`patch_size` 3"),
+        ({"mechanism": "mamba"}, "mamba takes no context"),
+        ({"mechanism": "nope"}, "nope"),
+        ({"competition": "both"}, "`competition`"),
+        ({"initial": "zero"}, "`initial`"),
+        ({"token_span": "world"}, "`token_span`"),
+        ({"history": 2}, "recurrent=True"),
+        ({"recurrent": True, "history": 0}, "`history`"),
+    ],
+)
+def test_what_does_not_fit_is_said(options, expected):
+    sizes = {
+        "height": SIDE,
+        "width": SIDE,
+        "patch_size": PATCH,
+        "dim": DIM,
+        "num_heads": HEADS,
+        "num_slots": SLOTS,
+    }
+    with pytest.raises(ValueError, match=expected):
+        SlotBasedVideoModel(**sizes | {"num_layers": 1} | options, rngs=nnx.Rngs(0))
+
+
+def test_wrong_calls_are_said():
+    made, frames = model(), video()
+    for wrong, expected in (
+        (frames[0], "frames"),
+        (frames[:, :, :6], "frames"),
+        ((255 * frames).astype(np.uint8), "floating"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            made(wrong)
+    with pytest.raises(ValueError, match="recurrent"):
+        made.predict(frames, 2)
+    with pytest.raises(ValueError, match="streams"):
+        made.decoder.stream_shares(made(frames).slots[:, 0])
