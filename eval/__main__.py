@@ -1,6 +1,7 @@
 """Measure the best model of a run on a split: `python -m eval --workdir runs/lra_listops-standard-default-s0`.
 
-Prints the metrics beside the baselines, and writes them to `eval_<split>.json` in the work directory.
+Prints the metrics beside the baselines, and writes them to `eval_<split>.json` in the work directory; those of
+each example to `<split>_examples.json`. Of a video model also a picture and an animation.
 """
 
 import sys
@@ -23,18 +24,22 @@ def main(argv: list[str]) -> None:
     if Path(config.file).is_file():
         run_file(config.file)  # it may register a task or a mechanism of its own
 
-    from train import evaluation, sharding  # not before there is something to evaluate: they take seconds
+    from eval import illustrations  # not before there is something to evaluate: they take seconds
+    from train import evaluation, sharding
 
     sharding.use_cpu_devices(config)
-    result = evaluation.evaluate_best(config, arguments.workdir, arguments.split)
-    path = arguments.workdir / f"eval_{arguments.split}.json"
-    with cli.user_errors(OSError):
-        write_json(path, result)
-    print(report(result), f"written to {path}", sep="\n")
+    workdir, split = arguments.workdir, arguments.split
+    written = [workdir / f"eval_{split}.json", workdir / f"{split}_examples.json"]
+    with evaluation.restored(config, workdir) as run, cli.user_errors(OSError):
+        result, examples = evaluation.measure(run, split)
+        for path, content in zip(written, (result, examples)):
+            write_json(path, content)
+        written += illustrations.draw(run, split, workdir)
+    print(report(result), f"written to {', '.join(map(str, written))}", sep="\n")
 
 
 def report(result: dict[str, Any]) -> str:
-    """The metrics of `evaluation.evaluate_best` and the baselines as a table."""
+    """The metrics of `evaluation.measure` and the baselines as a table."""
     run = f"{result['name']}, preset {result['preset']}, seed {result['seed']}"
     measured = results(result["mechanism"], result["metrics"], result["primary"], result["baselines"])
     return f"{run}, step {result['step']}, {result['parameters']:,} parameters\n{measured}"

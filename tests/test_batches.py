@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from train.data import SequenceDataset
-from train.data.batches import eval_batches, num_batches, train_iterator
+from train.data import Clips, SequenceDataset
+from train.data.batches import clip_eval_batches, clip_train_iterator, eval_batches, num_batches, train_iterator
 
 BUCKETS = (4, 8, 16)
 DTYPES = {"tokens": np.int32, "mask": bool, "label": np.int32, "example_mask": bool}
@@ -18,12 +18,32 @@ def make_dataset(num_examples: int, max_length: int = 16) -> SequenceDataset:
     return SequenceDataset.from_bytes(sequences, range(num_examples))
 
 
+def make_clips(num_clips: int, with_masks: bool = True) -> Clips:
+    """Clip `i` is `i + 1` everywhere, so that no clip looks like a dummy."""
+    numbers = np.arange(1, num_clips + 1, dtype=np.uint8)
+    frames = np.broadcast_to(numbers[:, None, None, None, None], (num_clips, 2, 4, 5, 3))
+    masks = np.broadcast_to(numbers[:, None, None, None], (num_clips, 2, 4, 5)) if with_masks else None
+    return Clips(frames, masks, tuple(map(str, range(num_clips))))
+
+
 def take(iterator, count: int):
     return [next(iterator) for _ in range(count)]
 
 
 def labels_of(batches) -> list[int]:
     return np.concatenate([batch["label"][batch["example_mask"]] for batch in batches]).tolist()
+
+
+def clips_of(batches) -> list[int]:
+    """Which clips the batches hold, in order; all their arrays agree on it, and dummies are zero."""
+    found = []
+    for batch in batches:
+        numbers = batch["frames"][:, 0, 0, 0, 0].astype(int)
+        for key in {"frames", "masks"} & set(batch):
+            assert (batch[key].T == numbers).all()
+        assert batch["example_mask"].tolist() == (numbers > 0).tolist()
+        found += numbers[numbers > 0].tolist()
+    return [number - 1 for number in found]
 
 
 def assert_same(batches, others):
@@ -174,3 +194,71 @@ def test_empty_sequences_are_examples_without_tokens():
 def test_packing_needs_a_label_for_every_sequence():
     with pytest.raises(ValueError, match="2 sequences but 1 labels"):
         SequenceDataset.from_bytes([b"\1", b"\2"], [0])
+
+
+def test_evaluation_goes_bucket_by_bucket_in_the_order_of_the_data_set():
+    dataset = make_dataset(67)
+    bucket = np.searchsorted(BUCKETS, dataset.lengths)
+    expected = sorted(range(67), key=lambda example: bucket[example])  # `sorted` is stable
+    for batch_size in (1, 8, 100):
+        assert labels_of(eval_batches(dataset, batch_size=batch_size, buckets=BUCKETS)) == expected
+
+
+# Clips: the same plan, another collation.
+
+
+@pytest.mark.parametrize("with_masks", [True, False])
+@pytest.mark.parametrize("num_clips, batch_size", [(1, 8), (64, 8), (67, 8), (67, 100)])
+def test_batches_hold_every_clip_once_in_one_shape(num_clips, batch_size, with_masks):
+    clips = make_clips(num_clips, with_masks)
+    steps = num_batches(num_clips, batch_size)
+    trained = take(clip_train_iterator(clips, batch_size=batch_size, seed=0), steps)
+    evaluated = list(clip_eval_batches(clips, batch_size=batch_size))
+    assert len(evaluated) == steps
+    assert sorted(clips_of(trained)) == list(range(num_clips))
+    assert clips_of(evaluated) == list(range(num_clips))
+    shapes = {"frames": (batch_size, 2, 4, 5, 3), "masks": (batch_size, 2, 4, 5), "example_mask": (batch_size,)}
+    if not with_masks:
+        del shapes["masks"]
+    for batch in trained + evaluated:
+        assert jax.tree.map(np.shape, batch) == shapes
+        assert jax.tree.map(lambda array: array.dtype, batch) == {
+            key: bool if key == "example_mask" else np.uint8 for key in shapes
+        }
+
+
+def test_clips_meet_in_the_order_of_sequences_of_one_bucket():
+    """Order, epochs and seeds are those of the sequences above: one plan makes both."""
+    clips, sequences = make_clips(67), make_dataset(67)
+    for seed in (0, 3):
+        iterator = train_iterator(sequences, batch_size=8, buckets=(16,), seed=seed)
+        clip_iterator = clip_train_iterator(clips, batch_size=8, seed=seed)
+        assert clips_of(take(clip_iterator, 30)) == labels_of(take(iterator, 30))
+
+
+@pytest.mark.parametrize("position", [0, 5, 9, 21])
+def test_resumed_clips_continue_exactly(position):
+    unbroken, fresh = (clip_train_iterator(make_clips(67), batch_size=8, seed=5) for _ in range(2))
+    take(unbroken, position)
+    state = json.loads(json.dumps(unbroken.get_state()))
+    fresh.set_state(state)
+    assert_same(take(fresh, 20), take(unbroken, 20))
+
+
+def test_processes_share_the_clips_of_each_batch():
+    clips = make_clips(13)
+    whole = list(clip_eval_batches(clips, batch_size=8))
+    parts = [list(clip_eval_batches(clips, batch_size=8, process_index=i, process_count=4)) for i in range(4)]
+    together = [
+        {key: np.concatenate([part[step][key] for part in parts]) for key in whole[0]} for step in range(2)
+    ]
+    assert_same(together, whole)
+
+
+def test_bad_arguments_for_clips_are_named_before_the_first_batch():
+    with pytest.raises(ValueError, match="without examples"):
+        clip_eval_batches(make_clips(0), batch_size=8)
+    with pytest.raises(ValueError, match="batch_size must be a positive multiple"):
+        clip_train_iterator(make_clips(3), batch_size=0, seed=0)
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
+        clip_train_iterator(make_clips(3), batch_size=2, seed=-1)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SPLITS = ("train", "val", "test")
+
 
 class DataError(ValueError):
     """Data that is missing or malformed; the message says in one line what and where."""
@@ -52,3 +54,40 @@ class SequenceDataset:
     def slice(self, start: int, stop: int) -> SequenceDataset:
         """Examples `start` up to, not including, `stop`, without copying tokens."""
         return SequenceDataset(self.tokens, self.offsets[start : stop + 1], self.labels[start:stop])
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """`N` clips of video of one size.
+
+    Attributes:
+      frames: `(N, T, H, W, 3)` uint8, sRGB.
+      masks: `(N, T, H, W)` uint8, the object seen at each pixel (0 = the background), or None where unknown.
+      videos: `N` names, the source video of each clip.
+
+    Raises:
+      ValueError: arrays of other shapes or types, or names of another number.
+    """
+
+    frames: np.ndarray
+    masks: np.ndarray | None
+    videos: tuple[str, ...]
+
+    def __post_init__(self):
+        for name, array, ndim in (("frames", self.frames, 5), ("masks", self.masks, 4)):
+            if array is not None and (array.ndim != ndim or array.dtype != np.uint8):
+                raise ValueError(f"Clips: {name} must have {ndim} axes of uint8, got {array.dtype}{array.shape}")
+        if self.frames.shape[-1] != 3:
+            raise ValueError(f"Clips: frames must be (N, T, H, W, 3), got {self.frames.shape}")
+        if self.masks is not None and self.masks.shape != self.frames.shape[:-1]:
+            raise ValueError(f"Clips: masks {self.masks.shape} do not fit frames {self.frames.shape}")
+        if len(self.videos) != len(self.frames):
+            raise ValueError(f"Clips: {len(self.frames)} clips but {len(self.videos)} names of videos")
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def slice(self, start: int, stop: int) -> Clips:
+        """Clips `start` up to, not including, `stop`, without copying frames."""
+        masks = None if self.masks is None else self.masks[start:stop]
+        return Clips(self.frames[start:stop], masks, self.videos[start:stop])

@@ -7,22 +7,16 @@ generator (Tay et al. 2021), whose unseeded draws nobody can repeat: the data ar
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
-import uuid
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from tqdm import tqdm
 
-from train.data import DataError, SequenceDataset
+from train.data import SPLITS, DataError, SequenceDataset, cache
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +28,6 @@ PAD_ID = 0  # the id of a word is its place in VOCABULARY, counted from 1
 OOV_ID = len(VOCABULARY) + 1
 VOCAB_SIZE = OOV_ID + 1
 NUM_CLASSES = 10
-SPLITS = ("train", "val", "test")
 
 _ID = {word: index for index, word in enumerate(VOCABULARY, start=1)}
 _OPERATOR_ID, _DIGIT_ID = _ID[OPERATORS[0]], _ID["0"]  # the first of each kind; the others follow
@@ -100,25 +93,14 @@ def load(spec: ListOps, cache_dir: str | os.PathLike | None = None) -> dict[str,
     Raises:
       DataError: the folder cannot be written.
     """
-    folder = Path(cache_dir or os.environ.get("ATTN_JAX_CACHE") or "~/.cache/attn_jax").expanduser()
-    path = folder / spec.cache_name
-    if path.exists():
-        try:
-            return _split(_read_cache(path), spec)
-        except Exception as error:  # what a damaged zip file can raise has no common type
-            warnings.warn(f"{path} is damaged ({error}): generating it again", RuntimeWarning, stacklevel=2)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _atomic_write(path) as file:  # opened first: a folder that cannot be written fails at once
-            logger.info("generating %d ListOps examples, once, into %s", sum(spec.sizes), path)
-            data = _generate(spec)
-            arrays = {"tokens": data.tokens, "offsets": data.offsets, "labels": data.labels}
-            np.savez(file, allow_pickle=False, **arrays, sha256=_digest(path.name, **arrays))
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path}: {error.strerror or error}; set ATTN_JAX_CACHE to another folder"
-        ) from error
-    return _split(data, spec)
+
+    def make(path: Path) -> dict[str, np.ndarray]:
+        logger.info("generating %d ListOps examples, once, into %s", sum(spec.sizes), path)
+        data = _generate(spec)
+        return {"tokens": data.tokens, "offsets": data.offsets, "labels": data.labels}
+
+    arrays = cache.load(spec.cache_name, make, cache_dir)
+    return _split(SequenceDataset(**arrays), spec)
 
 
 def generate(spec: ListOps) -> dict[str, SequenceDataset]:
@@ -158,7 +140,7 @@ def write_tsv(directory: str | os.PathLike, splits: dict[str, SequenceDataset]) 
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     for split, data in splits.items():
-        with _atomic_write(folder / f"basic_{split}.tsv") as file:
+        with cache.atomic_write(folder / f"basic_{split}.tsv") as file:
             file.write(b"Source\tTarget\r\n")
             for i in range(len(data)):
                 file.write(f"{to_text(data[i]['tokens'])}\t{data.labels[i]}\r\n".encode())
@@ -310,36 +292,7 @@ def _evaluate(operator: np.ndarray, digits: np.ndarray, first: np.ndarray, args:
     return value
 
 
-# The cache and the reader.
-
-
-@contextmanager
-def _atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name complete or not at all, also with several writers."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with unfinished.open("xb") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _digest(name: str, **arrays: np.ndarray) -> str:
-    """SHA-256 of a cache file's name and contents."""
-    digest = hashlib.sha256(name.encode())
-    for array in arrays.values():
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _read_cache(path: Path) -> SequenceDataset:
-    # Opened here because `np.load` forgets to close a damaged file.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in ("tokens", "offsets", "labels")}
-        if _digest(path.name, **arrays) != str(stored["sha256"]):
-            raise ValueError("its checksum does not match")
-    return SequenceDataset(**arrays)
+# The reader.
 
 
 class _Ids(dict[bytes, int]):
