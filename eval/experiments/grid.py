@@ -1,0 +1,173 @@
+"""A grid of training runs: each cell a process on a core of its own, resumable, several at once."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from eval.measure import cores
+from train import cli
+from train.workdir import read_json
+
+ROOT = Path(__file__).parent.parent.parent
+
+# What a run of the grids takes at its peak, with room.
+_MEMORY = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+      name: of its work directory, unique in the grid.
+      config: `configs/<file>.py:<variant>`.
+      overrides: settings, `key=value` without the leading `--config.`.
+    """
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
+
+    def arguments(self) -> list[str]:
+        """Of `python -m train`, without the work directory."""
+        return ["--config", self.config, *(f"--config.{override}" for override in self.overrides)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A documented grid.
+
+    Attributes:
+      cells: the runs, for a list of seeds.
+      measure: measures below a folder what needs a quiet machine, after all runs.
+      report: what is there below a folder, of these seeds, as Markdown.
+    """
+
+    cells: Callable[[Sequence[int]], list[Cell]]
+    measure: Callable[[Path], None]
+    report: Callable[[Path, Sequence[int]], str]
+
+
+def default_processes() -> int:
+    """One for each core, as far as the memory goes."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores(), memory // _MEMORY))
+
+
+def result(out: Path, cell: Cell) -> dict[str, Any] | None:
+    """What a finished cell found, None while it is not finished."""
+    path = out / cell.name / "result.json"
+    return read_json(path, "delete the folder to run it again") if path.exists() else None
+
+
+def run_all(cells: Sequence[Cell], out: Path, processes: int, finished: Callable[[], Any]) -> list[str]:
+    """Runs the cells that are not finished, `processes` at once, and calls `finished` after each.
+
+    SIGTERM and SIGINT stop the running ones, each after saving.
+
+    Returns:
+      The cells that failed, each with the last line it said.
+
+    Raises:
+      Interrupted: by a signal.
+    """
+    todo = [cell for cell in cells if result(out, cell) is None]
+    failed = []
+    pool = _Pool(out, processes)
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run", disable=None)
+    with ThreadPoolExecutor(processes) as executor, bar:
+        running = {executor.submit(pool.run, cell): cell for cell in todo}
+        try:
+            for future in as_completed(running):
+                cell, problem = running[future], future.result()
+                if problem is not None:
+                    failed.append(f"{cell.name}: {problem}")
+                bar.update()
+                bar.write(f"{cell.name}: {problem or 'done'}", file=sys.stderr)
+                finished()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+            pool.stop()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return failed
+
+
+def _stop(signum: int, frame: Any) -> NoReturn:
+    raise cli.Interrupted("what is finished is kept; the same command goes on from there", signum)
+
+
+class _Pool:
+    """Runs of `python -m train`, each on a core that no other of them uses."""
+
+    def __init__(self, out: Path, processes: int):
+        self.out = out
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopped = False
+        self.free: queue.Queue[int | None] = queue.Queue()
+        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+        for index in range(processes):
+            # Without a core each, the system may place them as it likes.
+            self.free.put(usable[index] if processes <= len(usable) else None)
+
+    def stop(self) -> None:
+        """Ends what is running, which saves first."""
+        self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+        for process in list(self.running):
+            process.wait()
+
+    def run(self, cell: Cell) -> str | None:
+        """Runs `cell` to its end; None, or what went wrong."""
+        if self.stopped:
+            return "stopped"
+        core = self.free.get()
+
+        def own_core() -> None:
+            if core is not None:
+                os.sched_setaffinity(0, {core})
+
+        log = self.out / f"{cell.name}.log"
+        try:
+            with log.open("ab") as file:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "train", *cell.arguments(), "--workdir", self.out / cell.name],
+                    cwd=ROOT,
+                    env=os.environ | self._shared_compilations(),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    preexec_fn=own_core,
+                    start_new_session=True,  # the interrupt key reaches this process, which passes it on
+                )
+            self.running.add(process)
+            if self.stopped:  # meanwhile
+                process.terminate()
+            code = process.wait()
+            self.running.discard(process)
+        finally:
+            self.free.put(core)
+        return None if code == 0 else f"{_last_line(log)} (exit code {code}, see {log})"
+
+    def _shared_compilations(self) -> dict[str, str]:
+        """Runs that differ in their seed are one program, which is compiled once."""
+        return {
+            "JAX_COMPILATION_CACHE_DIR": str((self.out / "compiled").absolute()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:300] if lines else "it said nothing"
