@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -90,17 +90,39 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+class Program(NamedTuple):
+    """What a config trains, compiled when it is first called.
+
+    Attributes:
+      model: its definition.
+      optimizer: how gradients change it.
+      abstract: shapes, types and shardings of the state.
+      train_step: from a state, whose memory it reuses, and a batch to the next state and metrics.
+    """
+
+    model: ModelDef
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+    train_step: TrainStep
+
+    @classmethod
+    def of(cls, config: Config, task: Task, mesh: Mesh) -> "Program":
+        model = state.define(task, mesh)
+        rate = optimizer.schedule(config.optimizer, config.steps)
+        adamw = optimizer.create(
+            config.optimizer, rate, optimizer.decayed(model.variables, config.optimizer.no_decay)
+        )
+        abstract = state.abstract_train_state(model, adamw, mesh)
+        step = make_train_step(task, model, adamw, rate, config.aux_weight, shardings_of(abstract))
+        return cls(model, adamw, abstract, step)
+
+
 class Trainer:
     """One run: built, restored if its work directory holds a checkpoint, trained, measured."""
 
     def __init__(self, config: Config, workdir: Path, task: Task, mesh: Mesh):
         self.config, self.workdir, self.task, self.mesh = config, workdir, task, mesh
-        self.model = state.define(task, mesh)
-        rate = optimizer.schedule(config.optimizer, config.steps)
-        decayed = optimizer.decayed(self.model.variables, config.optimizer.no_decay)
-        adamw = optimizer.create(config.optimizer, rate, decayed)
-        abstract = state.abstract_train_state(self.model, adamw, mesh)
-        self.train_step = make_train_step(task, self.model, adamw, rate, config.aux_weight, shardings_of(abstract))
+        self.model, adamw, abstract, self.train_step = Program.of(config, task, mesh)
         self.eval_step = make_eval_step(task, self.model)
         self.batches = task.train_iterator(config.seed)
         self._compiled: set[Any] = set()

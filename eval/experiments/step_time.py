@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import optimizer, sharding, state, tasks
+from train import sharding, state, tasks
 from train.config import Config
-from train.loop import make_train_step
+from train.loop import Program
 
 _WARM_UP = 2
 
@@ -35,15 +35,10 @@ def _stepper(config: Config) -> Callable[[], Any]:
     """Builds and compiles what `config` trains; every call takes one step and waits for it."""
     task = tasks.prepare(config)
     with sharding.activate(config) as mesh:
-        model = state.define(task, mesh)
-        rate = optimizer.schedule(config.optimizer, config.steps)
-        decayed = optimizer.decayed(model.variables, config.optimizer.no_decay)
-        adamw = optimizer.create(config.optimizer, rate, decayed)
-        abstract = state.abstract_train_state(model, adamw, mesh)
-        train_step = make_train_step(task, model, adamw, rate, config.aux_weight, state.shardings_of(abstract))
-        current = state.initial_train_state(task, adamw, config.seed, abstract)
+        program = Program.of(config, task, mesh)
+        current = state.initial_train_state(task, program.optimizer, config.seed, program.abstract)
         batch = sharding.put_batch(next(task.train_iterator(config.seed)), mesh)
-        compiled = train_step.lower(current, batch).compile()
+        compiled = program.train_step.lower(current, batch).compile()
 
     def step() -> None:
         nonlocal current

@@ -94,14 +94,14 @@ def measure(out: Path) -> None:
     for group in GROUPS:
         if group in measured["groups"]:
             continue
-        made = {form: _config(cell(group, form, 0)) for form in forms_of(group)}
+        made = {form: config_of(cell(group, form, 0)) for form in forms_of(group)}
         sharding.use_cpu_devices(made["standard"])
         measured["groups"][group] = step_time.step_times(made, STEP_TIME_ROUNDS)
         measured["environment"] = environment()
         write_json(path, measured)
 
 
-def _config(cell: Cell) -> configs.Config:
+def config_of(cell: Cell) -> configs.Config:
     _, file, *overrides = cell.arguments()
     return configs.load(file, overrides)
 

@@ -1,0 +1,170 @@
+"""Grids of runs: what is finished is kept, what fails is said, and what the differences mean."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from eval.experiments import grid, statistics, step_time, video
+from eval.experiments.__main__ import main
+from eval.experiments.grid import Cell
+from tests import toy
+from train import cli
+from train.tasks.video import SlotVideo
+from train.workdir import read_metrics, write_json
+
+TOY = Cell("toy", "tests/toy.py", ("mesh.data=1",))
+
+
+# Statistics.
+
+
+def test_equal_runs_differ_by_nothing_and_scaled_ones_by_their_factor():
+    runs = np.random.default_rng(0).random((3, 40))
+    for factor in (1.0, 0.8):
+        value, draws = statistics.relative_differences(runs, factor * runs)
+        # To rounding: the pairs are resampled together, so the noise they share cancels.
+        np.testing.assert_allclose([value, draws.min(), draws.max()], factor - 1, atol=1e-12)
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(statistics, "DRAWS", 1000)
+    random, hits = np.random.default_rng(0), 0
+    for _ in range(100):
+        seeds = random.normal(0, 0.1, (2, 12, 1))  # what the seeds of two settings do, apart from their clips
+        clips = 1 + 0.2 * random.random((1, 1, 30))
+        first, second = clips + seeds + random.normal(0, 0.05, (2, 12, 30))
+        found = statistics.interval(*statistics.relative_differences(first, second))
+        hits += found.low <= 0 <= found.high
+    # 95 expected less the bootstrap's own shortfall with 12 seeds; below 84 has a chance under 1e-3 at 93 %.
+    assert 84 <= hits < 100
+
+
+def test_runs_that_do_not_pair_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 5\), \(3, 5\)"):
+        statistics.relative_differences(np.ones((2, 5)), np.ones((3, 5)))
+
+
+@pytest.mark.parametrize("claimed", [-0.2, 0.8])
+@pytest.mark.parametrize(
+    "bounds, expected",
+    [((0.6, 3.0), "reproduced"), ((-1.0, 0.4), "contradicted"), ((0.2, 2.0), "not decidable")],
+)
+def test_half_of_a_claim_decides(claimed, bounds, expected):
+    low, high = sorted(claimed * bound for bound in bounds)
+    assert statistics.verdict(statistics.Interval((low + high) / 2, low, high), claimed) == expected
+
+
+# The grid.
+
+
+def test_what_is_finished_is_kept_and_what_fails_is_said(tmp_path):
+    cells = [TOY, Cell("wrong", TOY.config, ("model.dim=-1",))]
+    calls = []
+    (failed,) = grid.run_all(cells, tmp_path, 2, lambda: calls.append(1))
+    assert failed.startswith("wrong: error: ") and "exit code 2" in failed and len(calls) == 2
+    result = tmp_path / "toy" / "result.json"
+    written = result.stat().st_mtime_ns
+    assert grid.result(tmp_path, TOY) == json.loads(result.read_text())
+    assert grid.run_all(cells[:1], tmp_path, 2, lambda: calls.append(1)) == []
+    assert result.stat().st_mtime_ns == written and len(calls) == 2
+
+
+def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
+    endless = Cell("endless", TOY.config, (*TOY.overrides, "steps=1000000"))
+
+    def stop_once_it_trains():
+        path = tmp_path / "endless" / "metrics.jsonl"
+        while not (path.exists() and path.stat().st_size):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_once_it_trains, daemon=True)
+    thread.start()
+    with pytest.raises(cli.Interrupted, match="the same command goes on"):
+        grid.run_all([endless], tmp_path, 1, lambda: None)
+    thread.join()
+    assert "saved step" in (tmp_path / "endless.log").read_text()
+    assert read_metrics(tmp_path / "endless" / "metrics.jsonl")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_steps_are_timed_in_turn():
+    config = toy.get_config()
+    config.mesh.data = 1
+    seconds = step_time.step_times({"a": config, "b": config}, 3)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert step_time.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b").tolist() == [2, 3]
+
+
+# The grid of dual-KV attention.
+
+
+def test_every_cell_is_a_config_and_the_same_parameters_are_as_many():
+    cells = video.cells([0, 1])
+    assert len({cell.name for cell in cells}) == len(cells) == 2 * (5 * 5 - 1)  # no grouped streams of one head
+    parameters = {}
+    for form in video.forms_of("G2"):
+        task = SlotVideo(video.config_of(video.cell("G2", form, 0)))
+        model = nnx.eval_shape(lambda task=task: task.model(nnx.Rngs(0)))
+        parameters[form] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert parameters["feature"] == parameters["standard"]
+    biases = 2 * 2 * 4  # of two streams, in encoder and decoder, for 4 heads
+    assert parameters["grouped"] == parameters["lowrank"] == parameters["standard"] + biases
+    assert parameters["full"] > 1.1 * parameters["standard"]
+
+
+@pytest.fixture
+def fabricated(tmp_path):
+    """Two seeds of G1: lowrank has the claimed error, feature that of standard, full has one seed only."""
+    clips = 0.02 + 0.01 * np.random.default_rng(0).random(50)
+    factors = {"standard": 1.0, "lowrank": 1 - 0.276, "feature": 1.0, "full": 1.0}
+    for form, factor in factors.items():
+        for seed in (0,) if form == "full" else (0, 1):
+            folder = tmp_path / video.cell("G1", form, seed).name
+            folder.mkdir()
+            mse = factor * clips * (1 + 0.1 * seed)
+            test = {"mse": mse.mean(), "fg_ari": 0.25}
+            result = {"test": test, "baselines": {"mean frame": 0.04}, "parameters": 1234, "seconds_per_step": 0.1}
+            result |= {"steps": 10, "compile_seconds": 1.0, "versions": {"jax": "0"}}
+            write_json(folder / "result.json", result)
+            write_json(folder / "test_examples.json", {"mse": mse.tolist()})
+    seconds = {"standard": [1.0] * 5, "lowrank": [1.1] * 5, "feature": [1.8] * 5}
+    machine = {"device": "a machine", "cores": 2, "load": 0.1}
+    write_json(tmp_path / "step_times.json", {"groups": {"G1": seconds}, "environment": machine})
+    return tmp_path
+
+
+def test_the_report_sets_what_was_measured_beside_the_claims(fabricated):
+    report = video.report(fabricated, [0, 1])
+    assert "**21 of 24 cells are not finished.**" in report
+    rows = {
+        (cells[0], cells[1]): cells
+        for line in report.splitlines()
+        if line.startswith("| G") and len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 8
+    }
+    assert set(rows) == {("G1 (1, 1)", form) for form in ("standard", "lowrank", "feature")}
+    lowrank = rows["G1 (1, 1)", "lowrank"]
+    assert lowrank[3:5] == ["-27.6% [-27.6%, -27.6%]", "-27.6%"] and lowrank[7] == "1.10x [1.10, 1.10]"
+    assert "reproduced: -27.6%" in report and "contradicted: +0.0%" in report  # lowrank and feature
+    assert "contradicted: 1.10x" in report and "reproduced: 1.80x" in report
+    assert "mean frame 0.0400" in report and "a machine" in report
+
+
+def test_wrong_requests_are_said(tmp_path, capsys):
+    for argv, expected in (
+        (["nope"], "invalid choice: 'nope'"),
+        (["video", "--seeds", "a"], "non-negative integers"),
+        (["video", "--processes", "0"], "--processes must be positive"),
+    ):
+        with pytest.raises(cli.UsageError, match=expected):
+            main(argv)
+    main(["video", "--report", "--out", str(tmp_path / "new")])
+    assert "24 of 24 cells are not finished" in (tmp_path / "new" / "report.md").read_text()
+    assert "## The source's claims" in capsys.readouterr().out
