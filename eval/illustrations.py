@@ -67,7 +67,7 @@ def video_panels(model: nnx.Module, task: SlotVideo, batch: Mapping[str, np.ndar
         return expand_patches(patches, model.grid, model.patch_size)
 
     colours = _palette(output.masks.shape[2])
-    panels = {
+    panels: dict[str, np.ndarray | jax.Array] = {
         "frames": frames,
         "reconstruction": output.frames,
         "slot masks": jnp.einsum("ntk...,kc->nt...c", image(output.masks), colours),
