@@ -82,24 +82,22 @@ def video_panels(model: nnx.Module, task: SlotVideo, batch: Mapping[str, np.ndar
 
 
 def picture(panels: Panels) -> bytes:
-    """A PNG: for each clip a row of frames over time for each panel."""
+    """A PNG: for each clip a block, in it a row of frames over time for each panel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     clips, time = next(iter(panels.values())).shape[:2]
-    rows = clips * len(panels)
-    figure = Figure(figsize=(1.2 * time + 1.6, 1.2 * rows), layout="constrained")
-    axes = figure.subplots(rows, time, squeeze=False)
-    for row in range(rows):
-        title, panel = list(panels.items())[row % len(panels)]
-        for t in range(time):
-            cell = axes[row, t]
-            cell.imshow(panel[row // len(panels), t], interpolation="nearest")
-            cell.set(xticks=[], yticks=[])
-            cell.spines[:].set_visible(False)
-            if row == 0:
-                cell.set_title(f"t = {t}", fontsize=9)
-        axes[row, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+    figure = Figure(figsize=(1.2 * time + 1.6, (1.2 * len(panels) + 0.4) * clips), layout="constrained")
+    for clip, block in enumerate(figure.subfigures(clips, 1, squeeze=False, hspace=0.03)[:, 0]):
+        axes = block.subplots(len(panels), time, squeeze=False)
+        for row, (title, panel) in zip(axes, panels.items()):
+            for cell, frame in zip(row, panel[clip]):
+                cell.imshow(frame, interpolation="nearest")
+                cell.set(xticks=[], yticks=[])
+                cell.spines[:].set_visible(False)
+            row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        for t, cell in enumerate(axes[0]):
+            cell.set_title(f"t = {t}", fontsize=9)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
