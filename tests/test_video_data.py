@@ -267,7 +267,7 @@ def test_rows_that_cannot_be_read_are_named_counted_and_left_out(tmp_path, caplo
 @pytest.mark.parametrize(
     "bad",
     [
-        lambda m: m[..., :1].tolist(),  # grey
+        lambda m: m[..., [0, 1, 2, 2]].tolist(),  # four channels
         lambda m: [*m.tolist(), m[0, :4].tolist()],  # frames of two sizes
         lambda m: (m.astype(int) + 300).tolist(),
         lambda m: [],
