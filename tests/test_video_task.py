@@ -105,7 +105,7 @@ def test_a_recurrent_run_predicts_and_goes_on_after_an_interruption_as_if_there_
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = RECURRENT | FAST
     result = trained(whole, settings)
-    evaluated(whole, result)
+    evaluated(whole, result)  # samples its slots, too
     config = configs.load(f"{CONFIG}:smoke", flags(SMALL | settings))
     task, theirs, progress, position = final_state(config, whole)
     frames = task.data["test"].frames / 255
