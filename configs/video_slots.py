@@ -31,7 +31,8 @@ DEFAULT = {
         "predict_frames": 2,  # of a recurrent model, the last ones of a clip, in evaluation
         "prediction_weight": 1.0,  # of a recurrent model's error in the next frame, in training
         "sprites": {"num_train": 2_000, "num_val": 100, "num_test": 200, "min_objects": 2, "max_objects": 5},
-        "clips": {"stride": 2, "max_clips_per_video": 16},
+        # Of real video: every second frame; shares of the videos in train, val and test, dealt by this seed.
+        "clips": {"stride": 2, "max_clips_per_video": 16, "fractions": (0.9, 0.05, 0.05), "seed": 0},
     },
     "model": {
         "patch_size": 4,
@@ -77,7 +78,7 @@ PAPER = {
         "num_frames": 16,
         "height": 352,
         "width": 640,
-        "clips": {"max_clips_per_video": 1},
+        "clips": {"max_clips_per_video": 1, "fractions": (0.95, 0.025, 0.025)},
     },
     "model": {
         "patch_size": 16,

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from tests import toy
-from train import loop, sharding, state, tasks
-from train.checkpoints import Checkpoints
+from tests.runs import assert_bit_equal, final_state
 from train.workdir import read_metrics
 
 
@@ -23,22 +22,6 @@ def train(workdir, event=""):
     return subprocess.run(
         [*command, "--config.num_cpu_devices=2"], env=environment, capture_output=True, text=True, timeout=300
     )
-
-
-def final_state(workdir):
-    """The arrays, progress and data position of the last checkpoint."""
-    config = toy.get_config()
-    config.mesh.data = 1
-    task = tasks.prepare(config)
-    with sharding.activate(config) as mesh:
-        model = state.define(task, mesh)
-        decayed = loop.optimizer.decayed(model.variables, config.optimizer.no_decay)
-        adamw = loop.optimizer.create(config.optimizer, lambda step: 0.0, decayed)
-        checkpoints = Checkpoints(workdir)
-        restored = checkpoints.restore_last(state.abstract_train_state(model, adamw, mesh))
-        checkpoints.close()
-    assert restored is not None
-    return task, *restored
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +42,11 @@ def test_a_run_killed_and_stopped_ends_bit_equal_to_an_uninterrupted_one(uninter
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stdout
 
-    task, ours, progress, position = final_state(tmp_path)
-    _, theirs, expected_progress, expected_position = final_state(uninterrupted)
-    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(ours):
-        value, expected = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-                           for x in (leaf, dict(jax.tree_util.tree_leaves_with_path(theirs))[path]))  # fmt: skip
-        np.testing.assert_array_equal(
-            np.asarray(value), np.asarray(expected), err_msg=f"{path}, killed at {moment}"
-        )
+    config = toy.get_config()
+    config.mesh.data = 1
+    task, ours, progress, position = final_state(config, tmp_path)
+    _, theirs, expected_progress, expected_position = final_state(config, uninterrupted)
+    assert_bit_equal(ours, theirs, f"killed at {moment}")
     assert bool(np.any(ours.model.rest["mean"])), "the state that is no parameter takes part"
     assert int(ours.model.rest["dropout"]["rngs"]["count"]) > 1, "and so does the randomness"
 

@@ -85,12 +85,13 @@ def collect(videos: Iterable[tuple[str, Read]], spec: ClipSpec, *, where: str) -
             clips.setdefault(name, []).append(frames)
     for line in skipped[:_MAX_NAMED]:
         logger.warning("skipped %s", line)
-    if len(skipped) > _MAX_NAMED:
-        logger.warning("skipped %d more of %s", len(skipped) - _MAX_NAMED, where)
+    if skipped:
+        used = sum(map(len, clips.values()))
+        logger.warning("skipped %d of the %d videos of %s", len(skipped), len(skipped) + used, where)
     if len(clips) < len(SPLITS):
         left_out = f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
         raise DataError(f"{where}: train, val and test need a video each, but {len(clips)} can be used{left_out}")
-    return {
+    splits = {
         split: Clips(
             np.concatenate([frames for name in names for frames in clips[name]]),
             None,
@@ -98,6 +99,9 @@ def collect(videos: Iterable[tuple[str, Read]], spec: ClipSpec, *, where: str) -
         )
         for split, names in _assign(list(clips), spec).items()
     }
+    sizes = (f"{split} {len(c)} ({len(set(c.videos))})" for split, c in splits.items())
+    logger.info("clips (videos) of %s: %s", where, ", ".join(sizes))
+    return splits
 
 
 def _assign(names: list[str], spec: ClipSpec) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ What a column holds is told from its Arrow type, because the names differ from o
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 from collections.abc import Iterator
@@ -73,15 +74,19 @@ def _errors_of_arrow(where: str) -> Iterator[None]:
 
 
 def _files(path_or_hub_id: str | os.PathLike) -> list[str]:
+    """Patterns of the files, as `datasets` takes them."""
     path = Path(path_or_hub_id).expanduser()
     if not path.exists() and str(path_or_hub_id).count("/") == 1 and not path.is_absolute():
         path = _download(str(path_or_hub_id))
     if path.is_file():
-        return [str(path)]
-    files = sorted(str(file) for file in path.rglob("*.parquet"))
+        return [glob.escape(str(path))]
+    files = sorted(glob.escape(str(file)) for file in path.rglob("*.parquet"))
     if not files:
         what = "no Parquet file below" if path.is_dir() else "no file or folder"
-        raise DataError(f"{what} {path}; give a Parquet file, a folder of such, or owner/name of the hub")
+        raise DataError(
+            f"{what} {path}; give a folder of video files, a Parquet file, a folder of such, or owner/name of the"
+            " Hugging Face hub"
+        )
     return files
 
 

@@ -37,7 +37,8 @@ def read(source: str, spec: ClipSpec, column: str | None = None) -> dict[str, Cl
 
     Args:
       source: "realdata" for `read_realdata`; a folder of video files for `read_folder`; for `read_parquet` a
-        Parquet file, a folder of such, or `owner/name` of a data set on the hub.
+        Parquet file, a folder of such, or `owner/name` of a data set on the hub. A folder of both is what it
+        holds more of: videos may come with metadata in Parquet, Parquet with a video that shows what is in it.
       spec: the clips.
       column: see `read_parquet`.
 
@@ -47,7 +48,7 @@ def read(source: str, spec: ClipSpec, column: str | None = None) -> dict[str, Cl
     if source == "realdata":
         return read_realdata(spec)
     folder = Path(source).expanduser()
-    if folder.is_dir() and _video_files(folder):
+    if folder.is_dir() and len(_video_files(folder)) > len(list(folder.rglob("*.parquet"))):
         return read_folder(folder, spec)
     return read_parquet(source, spec, column)
 

@@ -23,13 +23,21 @@ class SlotVideo(Task):
     better = "lower"
 
     def prepare(self) -> None:
+        self._check_frames()
+        nnx.eval_shape(lambda: self.model(nnx.Rngs(0)))  # sizes that do not fit are said before data is read
         self.data = self.load()
+        for split, clips in self.data.items():
+            if not len(clips):
+                raise ValueError(f"the split {split} has no clip; training, validation and test need one each")
         masks = [clips.masks for clips in self.data.values() if clips.masks is not None]
         self.num_objects = max((int(mask.max()) for mask in masks), default=0)
-        if not 1 <= self.config.task.predict_frames < self.config.task.num_frames:
+
+    def _check_frames(self) -> None:
+        task = self.config.task
+        if self.config.model.recurrent and not 1 <= task.predict_frames < task.num_frames:
             raise ValueError(
-                f"task.predict_frames must be from 1 to {self.config.task.num_frames - 1}, one less than"
-                f" task.num_frames, got {self.config.task.predict_frames}"
+                "task.predict_frames of a recurrent model must be at least 1 and less than task.num_frames"
+                f" {task.num_frames}, got {task.predict_frames}"
             )
 
     def load(self) -> Mapping[str, Clips]:
