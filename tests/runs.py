@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from train import cli, loop, sharding, state, tasks
+from train import cli, loop, sharding, tasks
 from train.checkpoints import Checkpoints
 
 
@@ -39,11 +39,8 @@ def final_state(config, workdir):
     """The task, and the arrays, progress and data position of the last checkpoint."""
     task = tasks.prepare(config)
     with sharding.activate(config) as mesh:
-        model = state.define(task, mesh)
-        decayed = loop.optimizer.decayed(model.variables, config.optimizer.no_decay)
-        adamw = loop.optimizer.create(config.optimizer, lambda step: 0.0, decayed)
         checkpoints = Checkpoints(workdir)
-        restored = checkpoints.restore_last(state.abstract_train_state(model, adamw, mesh))
+        restored = checkpoints.restore_last(loop.Program.of(config, task, mesh).abstract)
         checkpoints.close()
     assert restored is not None
     return task, *restored
