@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
 from attn_jax.engine.gravity import SCALE, gravity_features, plummer
-from attn_jax.engine.plan import Stream
+from attn_jax.engine.plan import Plan, Stream
 from attn_jax.engine.streaming import attend
 from pallas_kernels import attention, instructions
 from pallas_kernels.hardware import INTERPRETER, Hardware
@@ -203,6 +203,18 @@ def test_tiles_and_stages_change_nothing(tiling, monkeypatch):
     check(inputs(11, lengths=(150, 40))[1], causal=True)
 
 
+@pytest.mark.parametrize("window", [(0, 0), (5, 3), (90, 0), (300, 400)])
+@pytest.mark.parametrize("offset", [0, 1, 63, 200])
+def test_the_claimed_cost_of_a_window_covers_what_is_walked_over(window, offset):
+    tokens, tile = 1024, (64, 32)
+    plan, keys = Plan(None, *window), jax.ShapeDtypeStruct((1, tokens, 1, 32), jnp.float32)
+    first, end = jnp.moveaxis(
+        attention._key_tiles(plan, Stream(keys, keys), tokens, tile, jnp.int32(offset), None), -1, 0
+    )
+    walked, claimed = int((end - first).max()) * tile[1], attention._reached(plan, tokens, tile)
+    assert walked <= claimed <= walked + tile[1]
+
+
 def test_it_maps():
     """`vmap` over examples gives what the batch gives."""
     _, arrays = inputs(12, batch=2)
@@ -249,7 +261,8 @@ def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
 )
 def test_what_does_not_fit_is_declined_with_its_reason(change, reason):
     hardware = Hardware(shared_memory=change.get("shared_memory", INTERPRETER.shared_memory))
-    x = jnp.zeros((1, 8, 2, change.get("width", 64)), change.get("dtype", jnp.bfloat16))
+    shape = 1, 8, 2, change.get("width", 64)
+    x = jax.ShapeDtypeStruct(shape, change.get("dtype", jnp.bfloat16))
     stream = Stream(x, x, bias=jnp.zeros((1, 1, 8, 8)) if "bias" in change else None)
     decline = functools.partial(attention.unsupported, hardware)
     assert reason in decline(x, 0, [stream])
