@@ -48,6 +48,7 @@ from pallas_kernels.layout import WIDTHS, head_width, round_up, side_by_side, st
 
 _LOG2_E = math.log2(math.e)
 _NOT_FINITE = -NEG_INF / 2  # the backward pass gets a larger `lse` for queries that are not finite
+_FOLDED = 1e-8, 1e8  # a scale in between makes of what is masked, `NEG_INF`, neither a logit nor an infinity
 _NOWHERE = 2**24  # behind every key; positions are exact in float32 below it
 
 
@@ -126,7 +127,8 @@ class _Layout(NamedTuple):
     @property
     def unit(self) -> float:
         """What logits are counted in: without a score the scale enters the exponential for nothing."""
-        return self.scale if self.scale > 0 and all(p.score is None for p in self.plans) else 1.0
+        smallest, largest = _FOLDED
+        return self.scale if smallest < self.scale < largest and all(p.score is None for p in self.plans) else 1.0
 
     @property
     def query_rows(self) -> int:

@@ -203,6 +203,20 @@ def test_tiles_and_stages_change_nothing(tiling, monkeypatch):
     check(inputs(11, lengths=(150, 40))[1], causal=True)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e10])
+def test_a_scale_brings_no_masked_key_in(scale):
+    """Neither one that makes all logits equal, nor one at which the mask would be infinite."""
+    _, arrays = inputs(16)
+    dtype = "bfloat16" if ON_GPU else "float32"
+    q, k, v = (jnp.asarray(x, dtype) for x in (arrays["q"], *arrays["streams"][0].values()))
+    mask = np.arange(100)[None] >= 70  # not one in the first tile
+    out = attend(q, [Stream(k, v, mask)], scale=scale, implementation=IMPLEMENTATION).out
+    z = scale * np.einsum("le,me->lm", *(np.float64(x)[0, 70 * n :, 0] for n, x in enumerate((q, k))))
+    p = np.exp(z - z.max(1, keepdims=True))
+    expected = p / p.sum(1, keepdims=True) @ np.float64(v)[0, 70:, 0]
+    np.testing.assert_allclose(np.float64(out)[0, :, 0], expected, atol=TOLERANCE[dtype] * abs(expected).max())
+
+
 @pytest.mark.parametrize("window", [(0, 0), (5, 3), (90, 0), (300, 400)])
 @pytest.mark.parametrize("offset", [0, 1, 63, 200])
 def test_the_claimed_cost_of_a_window_covers_what_is_walked_over(window, offset):
