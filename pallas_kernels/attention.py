@@ -49,6 +49,7 @@ from pallas_kernels.layout import WIDTHS, head_width, round_up, side_by_side, st
 _LOG2_E = math.log2(math.e)
 _NOT_FINITE = -NEG_INF / 2  # the backward pass gets a larger `lse` for queries that are not finite
 _FOLDED = 1e-8, 1e8  # a scale in between makes of what is masked, `NEG_INF`, neither a logit nor an infinity
+_MOST_ROWS = 65_535  # blocks along the second and third axis of a grid
 _NOWHERE = 2**24  # behind every key; positions are exact in float32 below it
 
 
@@ -458,7 +459,7 @@ def _launch(
         *operands,
         name=name,
         out=out,
-        grid={"tile": length // size, "head": layout.heads, "batch": batch},
+        grid={"batch": batch, "head": layout.heads, "tile": length // size},
         scratch=[*layout.tiles.resident(*owned), *layout.tiles.staging(*[kernel.tile] * kernel.staged)],
         hardware=layout.tiles.hardware,
         cost=Cost(2 * logits * kernel.products, logits, traffic),
@@ -679,6 +680,8 @@ def unsupported(hardware: Hardware, q: Array, query_features: int, streams: list
         return f"it needs {needed:,} bytes of shared memory, a block has {hardware.shared_memory:,}"
     if max(q.shape[1], *(s.keys.shape[1] for s in streams)) > _NOWHERE:
         return f"a sequence is longer than {_NOWHERE:,}"
+    if max(q.shape[0], q.shape[2]) > _MOST_ROWS:
+        return f"there are more than {_MOST_ROWS:,} examples or heads"
     if q.shape[0] * q.shape[2] == 0:
         return "there is nothing to compute"
     return None

@@ -38,7 +38,7 @@ def launch(
     Args:
       operands: pytrees of arrays.
       out: a `jax.ShapeDtypeStruct`, or a tuple of pytrees of them.
-      grid: size by the name of the axis.
+      grid: size by the name of the axis; blocks run in this order, that of the last axis side by side.
     """
     leaves, tree = jax.tree.flatten(operands)
     out_leaves, out_tree = jax.tree.flatten(out if isinstance(out, tuple) else (out,))

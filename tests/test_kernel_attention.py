@@ -271,11 +271,12 @@ def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
         ({"width": 200}, "200"),
         ({"bias": True}, "bias"),
         ({"shared_memory": 20_000}, "20,000"),
+        ({"batch": 65_536}, "65,535"),
     ],
 )
 def test_what_does_not_fit_is_declined_with_its_reason(change, reason):
     hardware = Hardware(shared_memory=change.get("shared_memory", INTERPRETER.shared_memory))
-    shape = 1, 8, 2, change.get("width", 64)
+    shape = change.get("batch", 1), 8, 2, change.get("width", 64)
     x = jax.ShapeDtypeStruct(shape, change.get("dtype", jnp.bfloat16))
     stream = Stream(x, x, bias=jnp.zeros((1, 1, 8, 8)) if "bias" in change else None)
     decline = functools.partial(attention.unsupported, hardware)
