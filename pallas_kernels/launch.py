@@ -83,5 +83,5 @@ def _on_every_device(kernel: Callable[..., Any], operands: Sequence[jax.Array]) 
 
 
 def interpreting() -> Any:
-    """Kernels traced inside run in the interpreter, which reports data races as errors."""
+    """Kernels traced inside run in the interpreter, which raises data races as errors (JAX 0.11 prints them)."""
     return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))

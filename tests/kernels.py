@@ -2,8 +2,12 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
 from attn_jax.engine import dispatch
 from pallas_kernels.hardware import INTERPRETER, Hardware, detect
@@ -12,6 +16,18 @@ ON_GPU = os.environ.get("ATTN_JAX_KERNELS") == "gpu"
 IMPLEMENTATION = "mosaic" if ON_GPU else "mosaic_interpret"
 
 only_interpreted = pytest.mark.skipif(ON_GPU, reason="a GPU reports no races")
+
+
+def reports_race(run: Callable[[], Any], capsys) -> bool:
+    """Whether the interpreter finds a race in `run`: JAX 0.12 raises it, 0.11 prints it."""
+    try:
+        jax.block_until_ready(run())
+        said = ""
+    except Exception as error:
+        said = str(error)
+    finally:
+        reset_gpu_interpret_mode_state()  # which remembers a kernel that failed
+    return "RACE DETECTED" in said + capsys.readouterr().out
 
 
 def hardware_of(instruction: str) -> Hardware:

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
 from attn_jax.engine.gravity import SCALE, gravity_features, plummer
 from attn_jax.engine.plan import Plan, Stream
 from attn_jax.engine.streaming import attend
 from pallas_kernels import attention, instructions
 from pallas_kernels.hardware import INTERPRETER, Hardware
-from tests.kernels import IMPLEMENTATION, ON_GPU, multiply_by, only_interpreted
+from tests.kernels import IMPLEMENTATION, ON_GPU, multiply_by, only_interpreted, reports_race
 
 # Relative to the largest entry of each array. float32: sums of some hundred terms in another order. bfloat16 has 8
 # bits and float16 11: operands of the second product and gradients of logits are rounded to them once.
@@ -241,18 +240,10 @@ def test_it_maps():
     np.testing.assert_array_equal(mapped, run(q, k, v))
 
 
-@pytest.fixture
-def raced():
-    """The interpreter remembers a kernel that failed."""
-    yield
-    reset_gpu_interpret_mode_state()
-
-
 @only_interpreted
 @pytest.mark.parametrize("removed", ["barrier_wait", "commit_smem"])
-def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
+def test_a_missing_synchronisation_is_reported(removed, monkeypatch, capsys):
     """What makes the absence of reports above mean something."""
-    del raced
     from jax._src.pallas.mosaic_gpu import primitives
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
@@ -260,8 +251,7 @@ def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
     monkeypatch.setattr(instructions.plgpu, removed, nothing)
     _, arrays = inputs(13, length=64, lengths=(256,))
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (arrays["q"], *arrays["streams"][0].values()))
-    with pytest.raises(Exception, match="RACE DETECTED"):
-        jax.block_until_ready(attend(q, [Stream(k, v)], implementation="mosaic_interpret"))
+    assert reports_race(lambda: attend(q, [Stream(k, v)], implementation="mosaic_interpret"), capsys)
 
 
 @pytest.mark.parametrize(
