@@ -18,8 +18,8 @@ from tests.kernels import ON_GPU, hardware_of, only_interpreted, reports_race
 both_instructions = pytest.mark.parametrize("hardware", ["mma", "wgmma"], indirect=True)
 
 # Relative to the largest entry of an array. float32: sums of some hundred terms in another order. bfloat16 has 8
-# bits: means, cotangents and weights are rounded to them once, and then enter products.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+# bits and float16 11: means, cotangents and weights are rounded to them once, and then enter products.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1.5e-3}
 DTYPE = "bfloat16" if ON_GPU else "float32"  # of values: the interpreter alone multiplies float32
 
 jitted_nearest = jax.jit(vq.nearest, static_argnums=0)
@@ -200,8 +200,9 @@ def test_attention_and_its_gradients(hardware, case):
     check(3, hardware, case, DTYPE)
 
 
-def test_half_precision():
-    check(4, hardware_of("mma"), "causal", "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    check(4, hardware_of("mma"), "causal", dtype)
 
 
 @pytest.mark.parametrize(
