@@ -15,6 +15,7 @@ Entries = dict[str, Entry]
 
 FLOOR_LENGTH = 16384
 HEAD_WIDTH = aot.SETTINGS.dim // aot.SETTINGS.heads
+WIDE = aot.SETTINGS.dim // aot.WIDE_HEADS
 
 
 def markdown(entries: Entries, code: Mapping[str, str]) -> str:
@@ -115,11 +116,12 @@ def _cell(text: str) -> str:
 
 def _kernels(entries: Entries) -> str:
     rows: dict[str, dict[str, str]] = {}
-    for entry in _of_kind(entries, "module"):
+    for entry in (*_of_kind(entries, "module"), *_of_kind(entries, "wide")):
         for name, kernel in merged_kernels(entry).items():
             row = {
                 "target": entry["target"],
                 "kernel": f"`{name}`",
+                "heads of": str(WIDE if entry["kind"] == "wide" else HEAD_WIDTH),
                 **_resources(kernel, TARGETS[entry["target"]]),
             }
             same = rows.setdefault(str(row), row | {"mechanisms": ""})
@@ -242,7 +244,9 @@ def _floor(entries: Entries) -> str:
         f"{PASSES[-1].capitalize()} of {FLOOR_LENGTH:,} tokens between the projections: what the equation asks for"
         " (`eval/work.py`), what the kernels say they do, and for each target the time below which no"
         " implementation can come, in ms, from peak rates of products (p), exponentials (e; known for GPUs) or"
-        " memory (m), whichever takes longest. These are bounds, not measurements.",
+        " memory (m), whichever takes longest. These are bounds, not measurements. What the kernels say is the"
+        " most that they may do: of the tiles that they leave out it knows those beyond a window, but not those"
+        " that depend on data or on the position of the first query (spans, reach, causal order).",
         table(rows),
     )
 

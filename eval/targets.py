@@ -45,11 +45,13 @@ LENGTHS = (1024, 16384, 262144)
 _MECHANISMS = ("attn_jax/engine/*.py", "attn_jax/mechanisms/*.py", "attn_jax/positions.py", "pallas_kernels/*.py")
 _STEP = ("attn_jax/models/transformer.py", "train/loop.py", "train/optimizer.py", "train/sharding.py",
          "train/state.py", "train/tasks/lra.py", "configs/lra_listops.py")  # fmt: skip
-CODE = {"module": _MECHANISMS, "dense": _MECHANISMS, "train": _MECHANISMS + _STEP}
+CODE = {"module": _MECHANISMS, "wide": _MECHANISMS, "dense": _MECHANISMS, "train": _MECHANISMS + _STEP}
 
 # One of each engine: softmax attention and a recurrence.
 STEPS = ("standard", "mamba")
 DENSE = ("standard", "dual_kv")
+# On GPUs also with wider heads, at the shortest length: no score, two streams, and scores with features.
+WIDE = ("standard", "dual_kv", "gravitational", "multi_timescale")
 
 QUICK: Mapping[str, Any] = {
     "targets": ["h100", "v5e"],
@@ -170,6 +172,9 @@ def _jobs(args: argparse.Namespace) -> Iterator[aot.Job]:
         yield from (
             aot.Job(target, name, "dense", tuple(args.lengths)) for name in DENSE if name in args.mechanisms
         )
+        if vendors.TARGETS[target].family == "CUDA" and not args.quick:
+            wide = [name for name in WIDE if name in args.mechanisms]
+            yield from (aot.Job(target, name, "wide", tuple(args.lengths[:1])) for name in wide)
 
 
 # Processes.

@@ -48,6 +48,8 @@ from pallas_kernels.layout import WIDTHS, head_width, round_up, side_by_side, st
 
 _LOG2_E = math.log2(math.e)
 _NOT_FINITE = -NEG_INF / 2  # the backward pass gets a larger `lse` for queries that are not finite
+_FOLDED = 1e-8, 1e8  # a scale in between makes of what is masked, `NEG_INF`, neither a logit nor an infinity
+_MOST_ROWS = 65_535  # blocks along the second and third axis of a grid
 _NOWHERE = 2**24  # behind every key; positions are exact in float32 below it
 
 
@@ -102,7 +104,7 @@ class _Layout(NamedTuple):
     """What is static about a call: plans, sizes, and which row of an array is what."""
 
     plans: tuple[Plan, ...]
-    hardware: Hardware
+    tiles: Tiles
     tiling: Tiling
     scale: float
     heads: int
@@ -126,7 +128,8 @@ class _Layout(NamedTuple):
     @property
     def unit(self) -> float:
         """What logits are counted in: without a score the scale enters the exponential for nothing."""
-        return self.scale if self.scale > 0 and all(p.score is None for p in self.plans) else 1.0
+        smallest, largest = _FOLDED
+        return self.scale if smallest < self.scale < largest and all(p.score is None for p in self.plans) else 1.0
 
     @property
     def query_rows(self) -> int:
@@ -147,7 +150,7 @@ def _layout(
     learned = [_learned(plan, len(query_features), len(s.features)) for plan, s in zip(plans, streams)]
     return _Layout(
         plans,
-        hardware,
+        Tiles(hardware, q.dtype),
         tiling,
         scale,
         q.shape[2],
@@ -188,15 +191,40 @@ def tiling_for(hardware: Hardware) -> Tiling:
     return Tiling() if hardware.instruction == "wgmma" else Tiling(dq=(64, 32), dkv=(64, 32))
 
 
+class _Kernel(NamedTuple):
+    """What a block has at once.
+
+    Attributes:
+      tile: tokens owned and walked over.
+      owned: the widths of what it fetches and keeps.
+      staged: computed tiles that pass through shared memory.
+      products: the widths of all products that a logit takes part in, together.
+    """
+
+    tile: tuple[int, int]
+    owned: tuple[int, ...]
+    staged: int
+    products: int
+
+
+def _kernels(tiling: Tiling, width: int, value_width: int) -> dict[str, _Kernel]:
+    both = width + value_width
+    return {
+        "attention_forward": _Kernel(tiling.forward, (width,), 1, both),
+        "attention_dq": _Kernel(tiling.dq, (width, value_width), 1, width + both),
+        "attention_dkv": _Kernel(tiling.dkv, (width, value_width), 2, 2 * both),
+    }
+
+
 def _shared_memory(tiling: Tiling, itemsize: int, width: int, value_width: int, rows: int) -> int:
     """Bytes that the largest of the kernels needs: tiles owned, staged, and in flight with `rows` of vectors."""
 
-    def kernel(tile: tuple[int, int], owned: int, staged: int) -> int:
-        walked = tiling.stages * tile[1] * ((width + value_width) * itemsize + 4 * rows)
-        return walked + itemsize * (tile[0] * owned + staged * tile[0] * tile[1])
+    def needed(kernel: _Kernel) -> int:
+        own, other = kernel.tile
+        walked = tiling.stages * other * ((width + value_width) * itemsize + 4 * rows)
+        return walked + itemsize * own * (sum(kernel.owned) + kernel.staged * other)
 
-    both = width + value_width
-    return max(kernel(tiling.forward, width, 1), kernel(tiling.dq, both, 1), kernel(tiling.dkv, both, 2))
+    return max(map(needed, _kernels(tiling, width, value_width).values()))
 
 
 def _stacked(vectors: Sequence[tuple[Array, float]], length: int) -> Array | None:
@@ -309,8 +337,8 @@ class _Block(NamedTuple):
         """Example and head of an array that all examples and heads may share."""
         return self.example(ref), self.head if ref.shape[1] > 1 else 0
 
-    def tokens(self, ref: Ref, size: int, head: Any, width: int) -> Ref:
-        """The owned tile of an array `(B or 1, L, H width)`."""
+    def tokens(self, ref: Ref, head: Any, width: int, size: int) -> Ref:
+        """The owned tile, of `size` tokens, of an array `(B or 1, L, H width)`."""
         return ref.at[self.example(ref), pl.ds(self.tile * size, size), pl.ds(head * width, width)]
 
     def rows(self, ref: Ref | None, size: int, number: int) -> list[Value]:
@@ -319,6 +347,15 @@ class _Block(NamedTuple):
 
     def row(self, ref: Ref, number: int, start: Any, size: int) -> Value:
         return plgpu.load(ref.at[(*self.shared(ref), number, pl.ds(start, size))], optimized=False)
+
+    def query_arrays(self, layout: _Layout, queries: _Queries) -> list[tuple[Ref, Any, int]]:
+        """Queries and cotangents of the block's head, as `(ref, head, width)`."""
+        return [(queries.q, self.head, layout.width), (queries.g, self.head, layout.value_width)]
+
+    def key_arrays(self, layout: _Layout, stream: int, keys: _Keys) -> list[tuple[Ref, Any, int]]:
+        """Keys and values of the head that serves the block's."""
+        head = self.head // (layout.heads // layout.key_heads[stream])
+        return [(keys.k, head, layout.width), (keys.v, head, layout.value_width)]
 
     def bounds(self, ref: Ref) -> tuple[Value, Value]:
         at = *self.shared(ref), self.tile
@@ -383,7 +420,6 @@ def _add_rows(totals: list[Value], tiles: Sequence[Value]) -> list[Value]:
 
 def _walk(
     layout: _Layout,
-    tiles: Tiles,
     block: _Block,
     bounds: Ref,
     size: int,
@@ -397,7 +433,37 @@ def _walk(
     arrays = [(ref.at[block.example(ref)], head, width) for ref, head, width in arrays]
     rows = None if rows is None else rows.at[block.shared(rows)]
     order = lambda t: first + t  # noqa: E731
-    return walk(tiles, size, end - first, order, arrays, rows, step, carry, layout.tiling.stages)
+    return walk(layout.tiles, size, end - first, order, arrays, rows, step, carry, layout.tiling.stages)
+
+
+def _reached(plan: Plan, tokens: int, tile: tuple[int, int]) -> int:
+    """To how many of the `tokens` walked over a window brings a tile, at most; all of them without a window."""
+    if plan.left is None or plan.right is None:
+        return tokens
+    seen = tile[0] + plan.left + plan.right  # wherever they begin among the tiles
+    return min(tokens, round_up(seen - 1, tile[1]) + tile[1])
+
+
+def _launch(
+    layout: _Layout, name: str, body: Callable[..., None], operands: Any, out: Any, walked: list[tuple[Plan, int]]
+) -> Any:
+    """`launch` a kernel whose blocks own the tiles of `out[0]` and walk over `walked`, each a plan and tokens."""
+    kernel = _kernels(layout.tiling, layout.width, layout.value_width)[name]
+    batch, length, _ = out[0].shape
+    size = kernel.tile[0]
+    logits = batch * layout.heads * length * sum(_reached(plan, tokens, kernel.tile) for plan, tokens in walked)
+    traffic = sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves((operands, out)))
+    owned = [(size, width) for width in kernel.owned]
+    return launch(
+        body,
+        *operands,
+        name=name,
+        out=out,
+        grid={"batch": batch, "head": layout.heads, "tile": length // size},
+        scratch=[*layout.tiles.resident(*owned), *layout.tiles.staging(*[kernel.tile] * kernel.staged)],
+        hardware=layout.tiles.hardware,
+        cost=Cost(2 * logits * kernel.products, logits, traffic),
+    )
 
 
 # The kernels.
@@ -408,7 +474,7 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
     size, key_size = layout.tiling.forward
     batch, length, _ = queries.q.shape
     heads, width, value_width = layout.heads, layout.width, layout.value_width
-    tiles = Tiles(layout.hardware, queries.q.dtype)
+    tiles = layout.tiles
     pair = _Pair((size, key_size), 0)
     several = len(keys) > 1
     some_not_finite = queries.rows is not None and queries.rows.shape[2] > layout.query_rows
@@ -418,7 +484,7 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
         (o_ref, lse_ref, stream_lse_ref), (q, barrier, *staging) = refs[:3], refs[3:]
         block = _Block.here()
         i = offset[0] + block.tile * size
-        tiles.fetch([block.tokens(queries.q, size, block.head, width)], [q], barrier)
+        tiles.fetch([block.tokens(queries.q, block.head, width, size)], [q], barrier)
         rows = block.rows(queries.rows, size, layout.query_rows)
         top = jnp.full((size,), LOWEST_MAX, jnp.float32)
         zero = jnp.zeros((size,), jnp.float32)
@@ -437,12 +503,8 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
                 shrink = lax.broadcast_in_dim(shrink, o.shape, [0])
                 return tiles.nn(o * shrink, p, v, *staging), new, own
 
-            head = block.head // (heads // layout.key_heads[n])
-            arrays = [(stream.k, head, width), (stream.v, head, value_width)]
-            before = top
-            o, top, own = _walk(
-                layout, tiles, block, bounds[n], key_size, arrays, stream.rows, step, (o, top, zero)
-            )
+            arrays, carry, before = block.key_arrays(layout, n, stream), (o, top, zero), top
+            o, top, own = _walk(layout, block, bounds[n], key_size, arrays, stream.rows, step, carry)
             total = total * jnp.exp2((before - top) * log2) + own
             if several:
                 at = block.batch, block.head, n, pl.ds(block.tile * size, size)
@@ -452,7 +514,7 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
         if some_not_finite:
             finite = block.row(queries.rows, layout.query_rows, block.tile * size, size)
             o = jnp.where(lax.broadcast_in_dim(finite, o.shape, [0]) > 0, o, jnp.nan)
-        store(block.tokens(o_ref, size, block.head, value_width), o.astype(tiles.dtype))
+        store(block.tokens(o_ref, block.head, value_width, size), o.astype(tiles.dtype))
         store(
             lse_ref.at[block.batch, block.head, pl.ds(block.tile * size, size)],
             _logsumexp(top * layout.unit, total),
@@ -463,20 +525,8 @@ def _forward(layout: _Layout, offset: Array, bounds: list[Array], queries: _Quer
         jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         jax.ShapeDtypeStruct((batch, heads, len(keys), length), jnp.float32) if several else None,
     )
-    scores = batch * heads * length * sum(s.k.shape[1] for s in keys)
-    return launch(
-        body,
-        offset,
-        bounds,
-        queries,
-        keys,
-        name="attention_forward",
-        out=out,
-        grid={"tile": length // size, "head": heads, "batch": batch},
-        scratch=[*tiles.resident((size, width)), *tiles.staging((size, key_size))],
-        hardware=layout.hardware,
-        cost=Cost(2 * scores * (width + value_width), scores, _bytes(queries, keys, out)),
-    )
+    walked = [(plan, s.k.shape[1]) for plan, s in zip(layout.plans, keys)]
+    return _launch(layout, "attention_forward", body, (offset, bounds, queries, keys), out, walked)
 
 
 def _scaled(layout: _Layout, dot: Value) -> Value:
@@ -493,27 +543,19 @@ def _logsumexp(top: Value, total: Value) -> Value:
     return jnp.where(total != 0, top + jnp.log(jnp.where(total != 0, total, 1)), NEG_INF)
 
 
-def _bytes(*trees: Any) -> int:
-    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(trees))
-
-
 def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, keys: list[_Keys]) -> Any:
     """`dq` `(B, L, H E)` and the gradients of learned query features `(B, H, features, L)`, if there are any."""
     size, key_size = layout.tiling.dq
     batch, length, _ = queries.q.shape
-    heads, width, value_width = layout.heads, layout.width, layout.value_width
-    tiles = Tiles(layout.hardware, queries.q.dtype)
+    heads, width = layout.heads, layout.width
+    tiles = layout.tiles
     pair = _Pair((size, key_size), 0)
 
     def body(offset: Ref, bounds: list[Ref], queries: _Queries, keys: list[_Keys], *refs: Ref) -> None:
         (dq_ref, features_ref), (q, g, barrier, *staging) = refs[:2], refs[2:]
         block = _Block.here()
         i = offset[0] + block.tile * size
-        owned = [
-            block.tokens(queries.q, size, block.head, width),
-            block.tokens(queries.g, size, block.head, value_width),
-        ]
-        tiles.fetch(owned, [q, g], barrier)
+        tiles.fetch([block.tokens(*a, size) for a in block.query_arrays(layout, queries)], [q, g], barrier)
         rows = block.rows(queries.rows, size, layout.query_rows + 2)
         *_, lse, delta = rows
         zero = jnp.zeros((size,), jnp.float32)
@@ -534,12 +576,11 @@ def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, 
                 ds, d_query = pullback(p * (tiles.nt(g, v) - pair.query(delta)))
                 return tiles.nn(dq, ds, k, *staging), _add_rows(d_features, d_query)
 
-            head = block.head // (heads // layout.key_heads[n])
-            arrays = [(stream.k, head, width), (stream.v, head, value_width)]
-            carry = _walk(layout, tiles, block, bounds[n], key_size, arrays, stream.rows, step, carry)
+            arrays = block.key_arrays(layout, n, stream)
+            carry = _walk(layout, block, bounds[n], key_size, arrays, stream.rows, step, carry)
         dq, d_features = carry
         dq = jnp.where(lax.broadcast_in_dim(lse, dq.shape, [0]) < _NOT_FINITE, dq * layout.scale, 0)
-        store(block.tokens(dq_ref, size, block.head, width), dq.astype(tiles.dtype))
+        store(block.tokens(dq_ref, block.head, width, size), dq.astype(tiles.dtype))
         for n, d in enumerate(d_features):
             store(features_ref.at[block.batch, block.head, n, pl.ds(block.tile * size, size)], d)
 
@@ -548,20 +589,8 @@ def _dq(layout: _Layout, offset: Array, bounds: list[Array], queries: _Queries, 
         jax.ShapeDtypeStruct((batch, length, heads * width), tiles.dtype),
         jax.ShapeDtypeStruct(features, jnp.float32) if layout.query_learned else None,
     )
-    scores = batch * heads * length * sum(s.k.shape[1] for s in keys)
-    return launch(
-        body,
-        offset,
-        bounds,
-        queries,
-        keys,
-        name="attention_dq",
-        out=out,
-        grid={"tile": length // size, "head": heads, "batch": batch},
-        scratch=[*tiles.resident((size, width), (size, value_width)), *tiles.staging((size, key_size))],
-        hardware=layout.hardware,
-        cost=Cost(2 * scores * (2 * width + value_width), scores, _bytes(queries, keys, out)),
-    )
+    walked = [(plan, s.k.shape[1]) for plan, s in zip(layout.plans, keys)]
+    return _launch(layout, "attention_dq", body, (offset, bounds, queries, keys), out, walked)
 
 
 def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Queries, keys: _Keys) -> Any:
@@ -571,16 +600,14 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
     batch, length, _ = keys.v.shape
     heads, width, value_width = layout.heads, layout.width, layout.value_width
     learned = layout.key_learned[stream]
-    tiles = Tiles(layout.hardware, keys.k.dtype)
+    tiles = layout.tiles
     pair = _Pair((size, query_size), 1)
 
     def body(offset: Ref, bounds: Ref, queries: _Queries, keys: _Keys, *refs: Ref) -> None:
         (dk_ref, dv_ref, features_ref), (k, v, barrier, *staging) = refs[:3], refs[3:]
         block = _Block.here()
         j = block.tile * size
-        head = block.head // (heads // layout.key_heads[stream])
-        owned = [block.tokens(keys.k, size, head, width), block.tokens(keys.v, size, head, value_width)]
-        tiles.fetch(owned, [k, v], barrier)
+        tiles.fetch([block.tokens(*a, size) for a in block.key_arrays(layout, stream, keys)], [k, v], barrier)
         vectors = block.rows(keys.rows, size, layout.key_features[stream] + layout.masked[stream])
         zero = jnp.zeros((size,), jnp.float32)
 
@@ -615,10 +642,10 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
             jnp.zeros((size, value_width), jnp.float32),
             [zero] * len(learned),
         )
-        arrays = [(queries.q, block.head, width), (queries.g, block.head, value_width)]
-        dk, dv, d_features = _walk(layout, tiles, block, bounds, query_size, arrays, queries.rows, step, carry)
-        store(block.tokens(dk_ref, size, block.head, width), (dk * layout.scale).astype(tiles.dtype))
-        store(block.tokens(dv_ref, size, block.head, value_width), dv.astype(tiles.dtype))
+        arrays = block.query_arrays(layout, queries)
+        dk, dv, d_features = _walk(layout, block, bounds, query_size, arrays, queries.rows, step, carry)
+        store(block.tokens(dk_ref, block.head, width, size), (dk * layout.scale).astype(tiles.dtype))
+        store(block.tokens(dv_ref, block.head, value_width, size), dv.astype(tiles.dtype))
         for n, d in enumerate(d_features):
             store(features_ref.at[block.batch, block.head, n, pl.ds(block.tile * size, size)], d)
 
@@ -627,23 +654,8 @@ def _dkv(layout: _Layout, stream: int, offset: Array, bounds: Array, queries: _Q
         jax.ShapeDtypeStruct((batch, length, heads * value_width), tiles.dtype),
         jax.ShapeDtypeStruct((batch, heads, len(learned), length), jnp.float32) if learned else None,
     )
-    scores = batch * heads * length * queries.q.shape[1]
-    return launch(
-        body,
-        offset,
-        bounds,
-        queries,
-        keys,
-        name="attention_dkv",
-        out=out,
-        grid={"tile": length // size, "head": heads, "batch": batch},
-        scratch=[
-            *tiles.resident((size, width), (size, value_width)),
-            *tiles.staging((size, query_size), (size, query_size)),
-        ],
-        hardware=layout.hardware,
-        cost=Cost(4 * scores * (width + value_width), scores, _bytes(queries, keys, out)),
-    )
+    walked = [(layout.plans[stream], queries.q.shape[1])]
+    return _launch(layout, "attention_dkv", body, (offset, bounds, queries, keys), out, walked)
 
 
 # What the engine calls: `unsupported`, and the counterparts of `attn_jax.engine.tiled`'s two functions.
@@ -668,6 +680,8 @@ def unsupported(hardware: Hardware, q: Array, query_features: int, streams: list
         return f"it needs {needed:,} bytes of shared memory, a block has {hardware.shared_memory:,}"
     if max(q.shape[1], *(s.keys.shape[1] for s in streams)) > _NOWHERE:
         return f"a sequence is longer than {_NOWHERE:,}"
+    if max(q.shape[0], q.shape[2]) > _MOST_ROWS:
+        return f"there are more than {_MOST_ROWS:,} examples or heads"
     if q.shape[0] * q.shape[2] == 0:
         return "there is nothing to compute"
     return None

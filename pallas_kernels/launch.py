@@ -38,7 +38,7 @@ def launch(
     Args:
       operands: pytrees of arrays.
       out: a `jax.ShapeDtypeStruct`, or a tuple of pytrees of them.
-      grid: size by the name of the axis.
+      grid: size by the name of the axis; blocks run in this order, that of the last axis side by side.
     """
     leaves, tree = jax.tree.flatten(operands)
     out_leaves, out_tree = jax.tree.flatten(out if isinstance(out, tuple) else (out,))
@@ -83,5 +83,5 @@ def _on_every_device(kernel: Callable[..., Any], operands: Sequence[jax.Array]) 
 
 
 def interpreting() -> Any:
-    """Kernels traced inside run in the interpreter, which reports data races as errors."""
+    """Kernels traced inside run in the interpreter, which raises data races as errors (JAX 0.11 prints them)."""
     return plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
 from attn_jax.engine.gravity import SCALE, gravity_features, plummer
-from attn_jax.engine.plan import Stream
+from attn_jax.engine.plan import Plan, Stream
 from attn_jax.engine.streaming import attend
 from pallas_kernels import attention, instructions
 from pallas_kernels.hardware import INTERPRETER, Hardware
-from tests.kernels import IMPLEMENTATION, ON_GPU, multiply_by, only_interpreted
+from tests.kernels import IMPLEMENTATION, ON_GPU, multiply_by, only_interpreted, reports_race
 
 # Relative to the largest entry of each array. float32: sums of some hundred terms in another order. bfloat16 has 8
 # bits and float16 11: operands of the second product and gradients of logits are rounded to them once.
@@ -194,13 +193,40 @@ def test_distances_and_reach():
 @pytest.mark.parametrize(
     "tiling",
     [
-        attention.Tiling((32, 64), (32, 32), (64, 32), 1),
-        attention.Tiling((128, 32), (64, 128), (32, 64), 3),
+        attention.Tiling((64, 32), (64, 128), (64, 64), 1),
+        attention.Tiling((128, 32), (64, 32), (128, 32), 3),
     ],
 )
 def test_tiles_and_stages_change_nothing(tiling, monkeypatch):
+    """Owned are whole multiples of 64 tokens: a GPU's warps do not divide fewer."""
     monkeypatch.setattr(attention, "tiling_for", lambda hardware: tiling)
     check(inputs(11, lengths=(150, 40))[1], causal=True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e10])
+def test_a_scale_brings_no_masked_key_in(scale):
+    """Neither one that makes all logits equal, nor one at which the mask would be infinite."""
+    _, arrays = inputs(16)
+    dtype = "bfloat16" if ON_GPU else "float32"
+    q, k, v = (jnp.asarray(x, dtype) for x in (arrays["q"], *arrays["streams"][0].values()))
+    mask = np.arange(100)[None] >= 70  # not one in the first tile
+    out = attend(q, [Stream(k, v, mask)], scale=scale, implementation=IMPLEMENTATION).out
+    z = scale * np.einsum("le,me->lm", *(np.float64(x)[0, 70 * n :, 0] for n, x in enumerate((q, k))))
+    p = np.exp(z - z.max(1, keepdims=True))
+    expected = p / p.sum(1, keepdims=True) @ np.float64(v)[0, 70:, 0]
+    np.testing.assert_allclose(np.float64(out)[0, :, 0], expected, atol=TOLERANCE[dtype] * abs(expected).max())
+
+
+@pytest.mark.parametrize("window", [(0, 0), (5, 3), (90, 0), (300, 400)])
+@pytest.mark.parametrize("offset", [0, 1, 63, 200])
+def test_the_claimed_cost_of_a_window_covers_what_is_walked_over(window, offset):
+    tokens, tile = 1024, (64, 32)
+    plan, keys = Plan(None, *window), jax.ShapeDtypeStruct((1, tokens, 1, 32), jnp.float32)
+    first, end = jnp.moveaxis(
+        attention._key_tiles(plan, Stream(keys, keys), tokens, tile, jnp.int32(offset), None), -1, 0
+    )
+    walked, claimed = int((end - first).max()) * tile[1], attention._reached(plan, tokens, tile)
+    assert walked <= claimed <= walked + tile[1]
 
 
 def test_it_maps():
@@ -215,18 +241,10 @@ def test_it_maps():
     np.testing.assert_array_equal(mapped, run(q, k, v))
 
 
-@pytest.fixture
-def raced():
-    """The interpreter remembers a kernel that failed."""
-    yield
-    reset_gpu_interpret_mode_state()
-
-
 @only_interpreted
 @pytest.mark.parametrize("removed", ["barrier_wait", "commit_smem"])
-def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
+def test_a_missing_synchronisation_is_reported(removed, monkeypatch, capsys):
     """What makes the absence of reports above mean something."""
-    del raced
     from jax._src.pallas.mosaic_gpu import primitives
 
     nothing = lambda *args, **kwargs: None  # noqa: E731
@@ -234,8 +252,7 @@ def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
     monkeypatch.setattr(instructions.plgpu, removed, nothing)
     _, arrays = inputs(13, length=64, lengths=(256,))
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (arrays["q"], *arrays["streams"][0].values()))
-    with pytest.raises(Exception, match="RACE DETECTED"):
-        jax.block_until_ready(attend(q, [Stream(k, v)], implementation="mosaic_interpret"))
+    assert reports_race(lambda: attend(q, [Stream(k, v)], implementation="mosaic_interpret"), capsys)
 
 
 @pytest.mark.parametrize(
@@ -245,11 +262,13 @@ def test_a_missing_synchronisation_is_reported(removed, monkeypatch, raced):
         ({"width": 200}, "200"),
         ({"bias": True}, "bias"),
         ({"shared_memory": 20_000}, "20,000"),
+        ({"batch": 65_536}, "65,535"),
     ],
 )
 def test_what_does_not_fit_is_declined_with_its_reason(change, reason):
     hardware = Hardware(shared_memory=change.get("shared_memory", INTERPRETER.shared_memory))
-    x = jnp.zeros((1, 8, 2, change.get("width", 64)), change.get("dtype", jnp.bfloat16))
+    shape = change.get("batch", 1), 8, 2, change.get("width", 64)
+    x = jax.ShapeDtypeStruct(shape, change.get("dtype", jnp.bfloat16))
     stream = Stream(x, x, bias=jnp.zeros((1, 1, 8, 8)) if "bias" in change else None)
     decline = functools.partial(attention.unsupported, hardware)
     assert reason in decline(x, 0, [stream])

@@ -1,4 +1,4 @@
-"""The fused kernels of vector-quantised attention, interpreted with race detection, against float64."""
+"""The fused kernels of vector-quantised attention against float64; see tests/kernels.py for where they run."""
 
 import functools
 
@@ -6,26 +6,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
 
 from attn_jax.engine.dispatch import Choice
 from attn_jax.mechanisms import vq as mechanism
 from attn_jax.ops import vq_attention
 from attn_jax.types import NEG_INF
 from pallas_kernels import instructions, vq
-from pallas_kernels.hardware import INTERPRETER, Hardware
+from pallas_kernels.hardware import Hardware
+from tests.kernels import ON_GPU, hardware_of, only_interpreted, reports_race
 
-WGMMA = Hardware(instruction="wgmma", interpret=True)
-both_instructions = pytest.mark.parametrize("hardware", [INTERPRETER, WGMMA], ids=["mma", "wgmma"])
+both_instructions = pytest.mark.parametrize("hardware", ["mma", "wgmma"], indirect=True)
 
 # Relative to the largest entry of an array. float32: sums of some hundred terms in another order. bfloat16 has 8
-# bits: means, cotangents and weights are rounded to them once, and then enter products.
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+# bits and float16 11: means, cotangents and weights are rounded to them once, and then enter products.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1.5e-3}
+DTYPE = "bfloat16" if ON_GPU else "float32"  # of values: the interpreter alone multiplies float32
 
 jitted_nearest = jax.jit(vq.nearest, static_argnums=0)
 
 
-def close(actual, expected, dtype="float32"):
+@pytest.fixture
+def hardware(request):
+    return hardware_of(request.param)
+
+
+def rounded(x, dtype):
+    """What kernels that compute in `dtype` get to see."""
+    return np.asarray(jnp.asarray(x, dtype), np.float64)
+
+
+def close(actual, expected, dtype=DTYPE):
     actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
     assert actual.shape == expected.shape and np.isfinite(actual).all()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * abs(expected).max())
@@ -110,8 +120,8 @@ def test_pooling(hardware, order, block):
     codes = rng.integers(0, 66, (batch, tokens, heads))
     weight = rng.uniform(-30, 30, size=codes.shape)
     weight[rng.random(codes.shape) < 0.2] = NEG_INF
-    v, scalar = np.float32(rng.normal(size=(*codes.shape, width))), np.float32(rng.normal(size=codes.shape))
-    arrays = codes.astype(np.int32), number, np.float32(weight), v, scalar
+    v, scalar = rounded(rng.normal(size=(*codes.shape, width)), DTYPE), np.float32(rng.normal(size=codes.shape))
+    arrays = codes.astype(np.int32), number, np.float32(weight), jnp.asarray(v, DTYPE), scalar
     actual = pool(hardware, *arrays, order=order, block=block)
     weight = np.where(weight > NEG_INF, np.float64(np.float32(weight)), -np.inf)
     t, size = np.arange(tokens), block or tokens
@@ -170,24 +180,29 @@ CASES = {  # length, keys, codes of queries and of keys
 }
 
 
-@pytest.mark.parametrize("hardware,case", [(INTERPRETER, "whole"), (WGMMA, "causal")], ids=CASES)
+def check(seed, hardware, case, dtype):
+    arrays, mask, g = operands(seed, *CASES[case])
+    arrays, g, causal = (
+        [*arrays[:2], *(rounded(x, dtype) for x in arrays[2:])],
+        rounded(g, dtype),
+        case == "causal",
+    )
+    actual = fused(hardware, causal, jnp.dtype(dtype), arrays, mask, g)
+    for got, want in zip(actual, expected(arrays, mask, g, causal), strict=True):
+        close(got, want, dtype)
+
+
+@pytest.mark.parametrize(
+    "hardware,case", [("mma", "whole"), ("wgmma", "causal")], ids=CASES, indirect=["hardware"]
+)
 def test_attention_and_its_gradients(hardware, case):
     """Ragged, masked, with queries that read nothing, and the causal one in several blocks."""
-    arrays, mask, g = operands(3, *CASES[case])
-    causal = case == "causal"
-    actual = fused(hardware, causal, jnp.float32, arrays, mask, g)
-    for got, want in zip(actual, expected(arrays, mask, g, causal), strict=True):
-        close(got, want)
+    check(3, hardware, case, DTYPE)
 
 
-def test_half_precision():
-    """On codewords and values that are exact in it."""
-    arrays, mask, g = operands(4, *CASES["causal"])
-    arrays = [*arrays[:2], *(np.asarray(jnp.bfloat16(x), np.float64) for x in arrays[2:])]
-    g = np.asarray(jnp.bfloat16(g), np.float64)
-    actual = fused(INTERPRETER, True, jnp.bfloat16, arrays, mask, g)
-    for got, want in zip(actual, expected(arrays, mask, g, True), strict=True):
-        close(got, want, "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype):
+    check(4, hardware_of("mma"), "causal", dtype)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +223,14 @@ def test_what_is_not_fused_is_said(dtype, q_dtype, width, reason):
 # What the interpreter is for.
 
 
+@only_interpreted
 @pytest.mark.parametrize("forgotten", ["commit_smem", "release"])
-def test_the_interpreter_sees_races(monkeypatch, forgotten):
+def test_the_interpreter_sees_races(monkeypatch, capsys, forgotten):
     """Parts that are read before they are visible, and a slot that is filled before it was read."""
     if forgotten == "commit_smem":
         monkeypatch.setattr(vq.plgpu, "commit_smem", lambda: None)
     else:
         monkeypatch.setattr(instructions.Tiles, "release", lambda self, read: None)
     x, codebook = np.ones((1, 64, 1, 32), np.float32), np.ones((1, 300, 32), np.float32)
-    with pytest.raises(Exception, match="RACE DETECTED"):
-        jax.block_until_ready(jax.jit(vq.nearest, static_argnums=0)(WGMMA, x, codebook))
-    reset_gpu_interpret_mode_state()
+    nearest = jax.jit(vq.nearest, static_argnums=0)
+    assert reports_race(lambda: nearest(hardware_of("wgmma"), x, codebook), capsys)

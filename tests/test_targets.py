@@ -313,6 +313,12 @@ def test_a_kernel_is_the_largest_of_all_programs():
     }
 
 
+def test_wider_heads_have_rows_of_their_own():
+    text = target_report._kernels({kind: entry({"a": KERNEL}, kind=kind) for kind in ("module", "wide")})
+    for width in (64, 128):
+        assert re.search(rf"\| h100 +\| `a` +\| {width} ", text)
+
+
 def test_the_gate_accepts_what_is_no_worse():
     better = KERNEL | {"registers": 96}
     assert targets.worse({"scan_forward": KERNEL}, {"scan_forward": KERNEL}, H100) == []
@@ -414,18 +420,43 @@ with aot.dumped() as folder, jax.default_device(device):
 """
 
 
+def said(script):
+    """By a process of its own, in which compilers may do as they like."""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=targets.ROOT, env=targets.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @needs["CUDA"]
 def test_a_kernel_is_compiled_and_found():
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=targets.ROOT, env=targets.environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    capability, found = done.stdout.split(maxsplit=1)
+    capability, found = said(SCRIPT).split(maxsplit=1)
     (kernel,) = json.loads(found).values()
     assert capability == "8.0" and list(json.loads(found)) == ["double"]
     assert 0 < kernel["registers"] < 64 and kernel["spill_bytes"] == kernel["shared_memory"] == 0
     claimed = [kernel[quantity] for quantity in ("calls", "flops", "exponentials", "bytes")]
     assert claimed in ([1, 128, 3, 1024], [1, 0, 0, 0])  # JAX passes them on since 0.12
+
+
+LONG = """
+import jax, jax.numpy as jnp
+from attn_jax.ops import dual_kv_attention
+from eval import vendors
+
+def run(arrays, g):
+    return jax.vjp(dual_kv_attention, *arrays)[1](g)
+
+device = vendors.TARGETS["h100"].topology().devices[0]
+x = jax.ShapeDtypeStruct((1, 262_144, 8, 64), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
+with jax.default_device(device):
+    print(jax.jit(run).lower([x] * 5, x).compile().memory_analysis().temp_size_in_bytes)
+"""
+
+
+@needs["CUDA"]
+def test_dual_kv_with_its_gradient_needs_little_memory():
+    """For 262,144 tokens: the output, which the gradient needs, 268 MB, and a few numbers per token and head."""
+    assert int(said(LONG)) < 300e6
 
 
 def compiled(tmp_path_factory, target, mechanism, lengths):
