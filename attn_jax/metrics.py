@@ -53,3 +53,40 @@ def adjusted_rand_index(
     trivial = jnp.isclose(most, expected, rtol=1e-6, atol=0)
     index = jnp.where(trivial, 1.0, (both - expected) / jnp.where(trivial, 1.0, most - expected))
     return jnp.where(count > 0, index, jnp.nan)
+
+
+def ranking(scores: Array, grades: Array, ideal: Array, mask: Array, cutoff: int = 10) -> dict[str, Array]:
+    """Quality of rankings as trec_eval computes it, `(B,)` each, of queries that have a relevant document.
+
+        nDCG = sum_r grade_r / log2(r + 1) / (the same of the ideal ranking),   r = 1 .. cutoff
+        MRR  = 1 / rank of the first relevant candidate, 0 if it is beyond the cut-off;   hit = it is the first
+
+    Args:
+      scores: `(B, C)`, by which the candidates are ranked; equal ones stay in the order given (trec_eval's is by
+        document id, descending).
+      grades: `(B, C)`, at least 0.
+      ideal: `(B, I)`, the highest grades of the query in descending order, found or not, `I` at least `cutoff`
+        or all there are.
+      mask: bool `(B, C)`, True = a candidate.
+
+    Returns:
+      `ndcg@<cutoff>`, `mrr@<cutoff>` and `hit@1`; 0 for a query without candidates.
+    """
+    # Stable, and by the scores as they are: masked ones are moved to the end, whatever they hold.
+    order = jnp.lexsort((-jnp.where(mask, scores, 0), ~mask), axis=-1)
+    found = jnp.take_along_axis(jnp.where(mask, grades, 0), order, axis=1)[:, :cutoff].astype(jnp.float32)
+    best = ideal[:, :cutoff].astype(jnp.float32)
+
+    def gain(grades: Array) -> Array:
+        return jnp.sum(grades / jnp.log2(jnp.arange(grades.shape[1]) + 2), axis=1)
+
+    relevant = found > 0
+    first = jnp.argmax(relevant, axis=1)
+    reciprocal = jnp.where(relevant.any(axis=1), 1 / (first + 1), 0)
+    ideal_gain = gain(best)
+    ndcg = jnp.where(ideal_gain > 0, gain(found) / jnp.where(ideal_gain > 0, ideal_gain, 1), 0)
+    return {
+        f"ndcg@{cutoff}": ndcg,
+        f"mrr@{cutoff}": reciprocal,
+        "hit@1": relevant[:, :1].any(axis=1).astype(jnp.float32),
+    }

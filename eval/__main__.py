@@ -1,7 +1,8 @@
 """Measure the best model of a run on a split: `python -m eval --workdir runs/lra_listops-standard-default-s0`.
 
 Prints the metrics beside the baselines, and writes them to `eval_<split>.json` in the work directory; those of
-each example to `<split>_examples.json`. Of a video model also a picture and an animation.
+each example to `<split>_examples.json`. Of a video model also a picture and an animation, of a reranker its
+ranking as a run file of TREC.
 """
 
 import sys
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     if Path(config.file).is_file():
         run_file(config.file)  # it may register a task or a mechanism of its own
 
-    from eval import illustrations  # not before there is something to evaluate: they take seconds
+    from eval import illustrations, runfile  # not before there is something to evaluate: they take seconds
     from train import evaluation, sharding
 
     sharding.use_cpu_devices(config)
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
         result, examples = evaluation.measure(run, split)
         for path, content in zip(written, (result, examples)):
             write_json(path, content)
-        written += illustrations.draw(run, split, workdir)
+        written += illustrations.draw(run, split, workdir) + runfile.write(run, split, workdir)
     print(report(result), f"written to {', '.join(map(str, written))}", sep="\n")
 
 

@@ -75,14 +75,23 @@ def test_a_work_directory_in_use_is_left_alone(capsys, tmp_path):
 def test_a_work_directory_of_other_settings_is_left_alone(capsys, tmp_path):
     with open_workdir(tmp_path, load("tests/toy.py", [])):
         before = (tmp_path / "config.json").read_text()
+    (tmp_path / "metrics.jsonl").touch()
     error = complaint(capsys, *TOY, "--workdir", tmp_path, "--config.model.dim=8", "--config.seed=2")
     assert "other settings" in error and "model.dim" in error and "seed" in error
     assert "delete" in error
     assert (tmp_path / "config.json").read_text() == before
 
 
+def test_a_run_that_never_started_binds_nobody(tmp_path):
+    for options in ([], ["--config.model.dim=8"]):
+        with open_workdir(tmp_path, load("tests/toy.py", options)):
+            pass
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["dim"] == 8
+
+
 def test_a_damaged_config_is_named(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{")
+    (tmp_path / "metrics.jsonl").touch()
     assert "cannot read" in complaint(capsys, *TOY, "--workdir", tmp_path)
 
 

@@ -47,7 +47,8 @@ def open_workdir(workdir: Path, config: Config) -> Iterator[None]:
 
 
 def _check_config(workdir: Path, config: Config) -> None:
-    if not (workdir / "config.json").exists():
+    # A run that ended before its first step, for want of data say, binds nobody.
+    if not any((workdir / name).exists() for name in ("metrics.jsonl", "checkpoints")):
         return
     before, now = to_dict(read_config(workdir)), to_dict(config)
     if keys := differing_keys(before, now):

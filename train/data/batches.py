@@ -137,13 +137,24 @@ def clip_eval_batches(
     return _read(plan, num_steps=plan.num_batches)
 
 
+def plan_iterator[T](examples: Examples[T], *, batch_size: int, seed: int) -> grain.DatasetIterator[T]:
+    """Endless batches of any examples that know how to become one; epochs and position as in `train_iterator`."""
+    return iter(_read(_Plan(examples, batch_size, seed, 0, 1), sys.maxsize))
+
+
+def plan_batches[T](examples: Examples[T], *, batch_size: int) -> grain.IterDataset[T]:
+    """Batches that hold every example exactly once, in order."""
+    plan = _Plan(examples, batch_size, None, 0, 1)
+    return _read(plan, num_steps=plan.num_batches)
+
+
 def _read[T](plan: _Plan[T], num_steps: int) -> grain.IterDataset[T]:
     # One thread assembles the next batches while the current one trains.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return grain.MapDataset.range(num_steps).map(plan.batch).to_iter_dataset(options)
 
 
-class _Examples[T](Protocol):
+class Examples[T](Protocol):
     """What a plan asks of examples.
 
     Attributes:
@@ -152,8 +163,11 @@ class _Examples[T](Protocol):
 
     groups: np.ndarray
 
-    def collate(self, examples: np.ndarray, batch: np.ndarray, num_rows: int) -> T:
-        """`num_rows` rows, first `examples` (indices), then dummies, of a `batch` that other processes share."""
+    def collate(self, examples: np.ndarray, batch: np.ndarray, num_rows: int, step: int) -> T:
+        """`num_rows` rows, first `examples` (indices), then dummies, of a `batch` that other processes share.
+
+        `step` is that of the batch, for what is drawn anew every time.
+        """
         ...
 
 
@@ -168,7 +182,7 @@ class _PaddedSequences:
         self.buckets = np.unique(buckets)
         self.groups = np.searchsorted(self.buckets, dataset.lengths)
 
-    def collate(self, examples: np.ndarray, batch: np.ndarray, num_rows: int) -> Batch:
+    def collate(self, examples: np.ndarray, batch: np.ndarray, num_rows: int, step: int) -> Batch:
         # Of the whole batch, so that every process pads to the same length.
         length = self.buckets[self.groups[batch].max()]
         tokens = np.zeros((num_rows, length), np.int32)
@@ -190,7 +204,7 @@ class _Stacked:
         self.clips = clips
         self.groups = np.zeros(len(clips), np.int64)
 
-    def collate(self, examples: np.ndarray, batch: np.ndarray, num_rows: int) -> ClipBatch:
+    def collate(self, examples: np.ndarray, batch: np.ndarray, num_rows: int, step: int) -> ClipBatch:
         def rows(array: np.ndarray) -> np.ndarray:
             stacked = np.zeros((num_rows, *array.shape[1:]), array.dtype)
             stacked[: len(examples)] = array[examples]
@@ -206,7 +220,7 @@ class _Plan[T]:
     """Which examples make up the batch of each step, and the batch itself; `seed=None` does not shuffle."""
 
     def __init__(
-        self, examples: _Examples[T], batch_size: int, seed: int | None, process_index: int, process_count: int
+        self, examples: Examples[T], batch_size: int, seed: int | None, process_index: int, process_count: int
     ):
         if not len(examples.groups):
             raise ValueError("cannot make batches of a data set without examples")
@@ -244,4 +258,4 @@ class _Plan[T]:
         epoch, index = divmod(step, self.num_batches)
         chosen = self.epoch(epoch)[index]
         own = chosen[self.first_row : self.first_row + self.num_rows]
-        return self.examples.collate(own, chosen, self.num_rows)
+        return self.examples.collate(own, chosen, self.num_rows, step)

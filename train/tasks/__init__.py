@@ -2,12 +2,12 @@
 
 from train.cli import UsageError, user_errors
 from train.config import Config
-from train.tasks import lra, video
+from train.tasks import lra, rerank, video
 from train.tasks.task import Batch, Metrics, Task
 
 __all__ = ["TASKS", "Batch", "Metrics", "Task", "prepare"]
 
-TASKS: dict[str, type[Task]] = {"listops": lra.ListOps, "video": video.SlotVideo}
+TASKS: dict[str, type[Task]] = {"listops": lra.ListOps, "video": video.SlotVideo, "rerank": rerank.Rerank}
 
 
 def prepare(config: Config) -> Task:

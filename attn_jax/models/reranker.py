@@ -1,0 +1,43 @@
+"""A cross-encoder: one score for a query and a document that it reads together (Nogueira and Cho 2019)."""
+
+from typing import Any
+
+from flax import nnx
+
+from attn_jax.models.transformer import TransformerClassifier
+from attn_jax.types import Array, check_mask
+
+
+class Reranker(nnx.Module):
+    """Pairs of query and document as token sequences to scores: a `TransformerClassifier` of one output.
+
+    The score is read at the first token, which the caller makes a `[CLS]`.
+
+    Args:
+      vocab_size, dim, num_heads, num_layers, rngs: of the `TransformerClassifier`.
+      **transformer: its further arguments, such as `mechanism` and `options`.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, dim: int, num_heads: int, num_layers: int, rngs: nnx.Rngs, **transformer: Any
+    ):
+        self.encoder = TransformerClassifier(
+            vocab_size=vocab_size,
+            num_classes=1,
+            dim=dim,
+            num_heads=num_heads,
+            num_layers=num_layers,
+            pool="first",
+            rngs=rngs,
+            **transformer,
+        )
+
+    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
+        """Scores `(B, C)`, float32, of `tokens` int `(B, C, L)` with mask bool `(B, C, L)`."""
+        if tokens.ndim != 3:
+            raise ValueError(f"Reranker: `tokens` must be (B, C, L), got shape {tokens.shape}")
+        check_mask("Reranker", "mask", mask, "(B, C, L)", tokens.shape)
+        batch, candidates, length = tokens.shape
+        flat = (batch * candidates, length)
+        scores = self.encoder(tokens.reshape(flat), mask=None if mask is None else mask.reshape(flat))
+        return scores.reshape(batch, candidates)

@@ -1,0 +1,308 @@
+"""Retrieval: the reader of BEIR's layout on awkward files, the first stage, and the lists that a reranker sees."""
+
+import json
+
+import numpy as np
+import pytest
+import pytrec_eval
+
+import eval.__main__
+import train.__main__
+from attn_jax import metrics
+from tests.runs import outcome
+from tests.test_train_cli import complaint
+from train.data import DataError, beir, bpe, corpora, retrieval
+from train.data.batches import plan_batches, plan_iterator
+from train.data.pairs import Lengths, RankedLists
+from train.data.retrieval import Collection
+
+CUTOFFS = ("ndcg@10", "mrr@10", "hit@1")
+
+
+# Metrics.
+
+
+def trec_eval(scores, grades, names, missing):
+    """The three metrics of one query by trec_eval; `missing` are grades of documents that were not found."""
+    qrel = {"q": {name: int(g) for name, g in zip(names, grades)} | {f"m{i}": g for i, g in enumerate(missing)}}
+    run = {"q": {name: float(s) for name, s in zip(names, scores)}}
+    found = pytrec_eval.RelevanceEvaluator(qrel, {"ndcg_cut.10", "recip_rank", "P.1"}).evaluate(run)["q"]
+    reciprocal = found["recip_rank"] if found["recip_rank"] >= 0.1 else 0.0
+    return found["ndcg_cut_10"], reciprocal, found["P_1"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rankings_are_measured_as_trec_eval_does(seed):
+    """With ties, grades above 1, documents that were not found, and padding that holds anything."""
+    random, width = np.random.default_rng(seed), 30
+    count = int(random.integers(1, width + 1))
+    names = sorted((f"{n:03}" for n in random.permutation(1000)[:count]), reverse=True)
+    scores = random.integers(0, 6, count).astype(np.float32)  # many ties
+    grades = random.integers(0, 4, count) * (random.random(count) < 0.3)
+    missing = random.integers(1, 4, int(random.integers(1, 4))).tolist()
+    ideal = np.zeros((1, 10), int)
+    best = sorted([*grades[grades > 0].tolist(), *missing], reverse=True)[:10]
+    ideal[0, : len(best)] = best
+    pad = (0, width - count)
+    found = metrics.ranking(
+        np.pad(scores, pad, constant_values=[np.nan, np.inf][seed % 2])[None],
+        np.pad(grades, pad, constant_values=3)[None],
+        ideal,
+        (np.arange(width) < count)[None],
+    )
+    expected = trec_eval(scores, grades, names, missing)
+    np.testing.assert_allclose([found[name][0] for name in CUTOFFS], expected, atol=1e-6)  # float32 sums of ten
+
+
+def test_a_query_without_candidates_counts_zero():
+    found = metrics.ranking(np.ones((1, 3)), np.ones((1, 3), int), np.array([[1, 0]]), np.zeros((1, 3), bool))
+    assert [float(found[name][0]) for name in CUTOFFS] == [0, 0, 0]
+
+
+# BEIR's layout.
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+FILES = {
+    "corpus.jsonl": lines(
+        {"_id": "001", "title": "", "text": "a red fox"},
+        {"_id": "1", "title": "Whales", "text": "blue whales sing"},
+        {"_id": "1", "title": "Whales", "text": "blue whales sing"},
+        {"_id": "2", "title": None, "text": "green frogs sing"},
+    ),
+    "queries.jsonl": lines(
+        {"_id": "q1", "text": "red fox"},
+        {"_id": "q2", "text": "whales"},
+        {"_id": "q3", "text": "frogs"},
+        {"_id": "q4", "text": "not judged"},
+    ),
+    "qrels/train.tsv": "query-id\tcorpus-id\tscore\r\nq1\t001\t1\r\nq1\tgone\t2\r\nq2\t1\t1\r\n",
+    "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq3\t2\t1\nq3\t1\t0\n",
+}
+
+
+def write(folder, **changes):
+    """`FILES` below `folder`; `changes` replace their contents, by name without its ending."""
+    for name, content in FILES.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(changes.get(path.stem, content).encode())
+    return folder
+
+
+def test_ids_stay_strings_and_awkward_lines_are_read(tmp_path, caplog):
+    splits = beir.read(write(tmp_path))
+    train, val, test = (splits[name] for name in ("train", "val", "test"))
+    assert dict(train.documents) == {"001": "a red fox", "1": "Whales\nblue whales sing", "2": "green frogs sing"}
+    assert {**train.queries, **val.queries} == {"q1": "red fox", "q2": "whales"} and len(val.queries) == 1
+    assert test.queries == {"q3": "frogs"} and test.relevance["q3"] == {"2": 1, "1": 0}
+    assert train.relevance["q1"] == {"001": 1, "gone": 2}  # counts in the ideal ranking
+    assert "judges 1 documents that are not in the corpus, such as gone" in caplog.text
+
+
+def test_dev_is_the_validation_where_there_is_one(tmp_path):
+    write(tmp_path)
+    (tmp_path / "qrels" / "dev.tsv").write_text("q3\t2\t1\n")  # no head
+    splits = beir.read(tmp_path)
+    assert set(splits["val"].queries) == {"q3"} and set(splits["train"].queries) == {"q1", "q2"}
+
+
+def test_a_test_only_data_set_is_trained_on_another(tmp_path):
+    write(tmp_path / "a"), write(tmp_path / "b")
+    (tmp_path / "b" / "qrels" / "train.tsv").unlink()
+    with pytest.raises(DataError, match=r"no qrels/train.tsv to train on; give .* task.train_dir"):
+        beir.read(tmp_path / "b")
+    assert set(beir.read(tmp_path / "b", tmp_path / "a")) == {"train", "val", "test"}
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"corpus": FILES["corpus.jsonl"][:-9]}, "corpus.jsonl, line 4 is not JSON, as if cut off"),
+        ({"corpus": lines({"id": "1"})}, "line 1 has no `_id`"),
+        ({"corpus": FILES["corpus.jsonl"] + lines({"_id": "2", "text": "other"})}, "the id 2 is there before"),
+        ({"train": "q1\t001\n"}, "train.tsv, line 1: expected query-id, corpus-id and an integer score"),
+        ({"train": "q1\t001\tx\n"}, "train.tsv, line 1: expected"),
+        ({"train": "q9\t001\t1\n"}, "query q9 and 0 more are not in"),
+        ({"test": "q3\t2\t0\n"}, "test.tsv judges no document as relevant"),
+        ({"train": "q1\t001\t1\n"}, "judges one query, too few"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, changes, expected):
+    with pytest.raises(DataError, match=expected):
+        beir.read(write(tmp_path, **changes))
+
+
+def test_missing_files_say_where_to_get_them(tmp_path):
+    write(tmp_path)
+    (tmp_path / "corpus.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no .*corpus.jsonl; BEIR's data sets are linked at"):
+        beir.read(tmp_path)
+
+
+# The first stage.
+
+COLLECTION = Collection(
+    {"a": "red fox", "b": "red fox", "c": "red red whale", "d": "green frog", "e": ""},
+    {"q": "red fox", "none": "unheard of", "empty": ""},
+    {"q": {"a": 2, "d": 1}, "none": {"a": 1}, "empty": {"a": 1}},
+)
+
+
+def test_bm25_finds_words_and_orders_ties_as_trec_eval(tmp_path):
+    found = retrieval.bm25(COLLECTION, 4, tmp_path)
+    # Both foxes score alike: the larger id first. A document without a word of the query is not found.
+    assert found.documents.tolist() == [[1, 0, 2, -1], [-1] * 4, [-1] * 4]
+    first, second, third, none = found.scores[0]
+    assert first == second > third > none == 0
+    again = retrieval.bm25(COLLECTION, 4, tmp_path)
+    np.testing.assert_array_equal(again.documents, found.documents)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert retrieval.bm25(COLLECTION.only(["q"]), 4, tmp_path).documents.tolist() == [[1, 0, 2, -1]]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bm25_is_its_formula(tmp_path):
+    """Lucene's: sum over words of log(1 + (N - n + .5) / (n + .5)) tf / (tf + k1 (1 - b + b |d| / mean |d|))."""
+    words = [text.split() for text in COLLECTION.documents.values()]
+    mean = np.mean([len(w) for w in words])
+
+    def score(document):
+        total = 0.0
+        for word in ("red", "fox"):
+            n, tf = sum(word in w for w in words), document.count(word)
+            total += np.log(1 + (5 - n + 0.5) / (n + 0.5)) * tf / (tf + 0.9 * (0.6 + 0.4 * len(document) / mean))
+        return total
+
+    found = retrieval.bm25(COLLECTION, 3, tmp_path)
+    np.testing.assert_allclose(found.scores[0], [score(words[i]) for i in (1, 0, 2)], rtol=1e-5)
+
+
+# What a reranker sees.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return bpe.train(list(COLLECTION.documents.values()) * 4, 300, tmp_path_factory.mktemp("cache"))
+
+
+def ranked(tokenizer, tmp_path, num_candidates=None, lengths=None, seed=0):
+    lengths = lengths or Lengths(8, 24, (12, 24))
+    first = retrieval.bm25(COLLECTION, 4, tmp_path)
+    return RankedLists(COLLECTION, first, tokenizer, lengths, num_candidates, seed)
+
+
+def test_a_pair_is_query_and_document_and_is_cut_at_the_end(tokenizer, tmp_path):
+    lists = ranked(tokenizer, tmp_path)
+    pair = lists.pair(0, 2)
+    assert pair[0] == bpe.CLS_ID and pair[-1] == bpe.SEP_ID and pair.count(bpe.SEP_ID) == 2
+    middle = pair.index(bpe.SEP_ID)
+    assert tokenizer.decode(pair[1:middle]).strip() == "red fox"
+    assert tokenizer.decode(pair[middle + 1 : -1]).strip() == "red red whale"
+    short = ranked(tokenizer, tmp_path, lengths=Lengths(2, 6, (6,)))
+    assert len(short.pair(0, 2)) == 6 and short.pair(0, 2)[-1] == bpe.SEP_ID
+
+
+def test_evaluation_holds_every_judged_query_and_all_that_was_found(tokenizer, tmp_path):
+    (batch,) = plan_batches(ranked(tokenizer, tmp_path), batch_size=4)
+    assert batch["example_mask"].tolist() == [True, True, True, False]
+    assert batch["candidate_mask"].sum(1).tolist() == [3, 0, 0, 0]
+    assert batch["grades"][0].tolist() == [0, 0, 2, 0]  # c, b, a: later ids first
+    assert batch["first_stage"][0].argmax() in (1, 2)
+    assert batch["ideal"][:, :3].tolist() == [[2, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    assert (batch["mask"] == (batch["tokens"] > 0)).all()  # no text holds padding
+    assert batch["tokens"].shape == (4, 4, 12)
+
+
+def test_training_lists_have_a_relevant_document_first_and_no_other(tokenizer, tmp_path):
+    lists = ranked(tokenizer, tmp_path, num_candidates=3)
+    iterator = plan_iterator(lists, batch_size=3, seed=0)
+    seen = set()
+    for _ in range(20):
+        batch = next(iterator)
+        assert (batch["grades"][:, 0] > 0).all() and not batch["grades"][:, 1:].any()
+        assert batch["candidate_mask"].all()
+        seen.add(batch["tokens"].tobytes())
+    assert len(seen) > 5  # drawn anew
+
+
+def test_training_lists_are_a_function_of_seed_and_step(tokenizer, tmp_path):
+    def batches(skip, seed=0):
+        iterator = plan_iterator(ranked(tokenizer, tmp_path, 3, seed=seed), batch_size=2, seed=seed)
+        if skip:
+            state = plan_iterator(ranked(tokenizer, tmp_path, 3), batch_size=2, seed=seed)
+            for _ in range(skip):
+                next(state)
+            iterator.set_state(state.get_state())
+        return [next(iterator)["tokens"].tobytes() for _ in range(6 - skip)]
+
+    assert batches(0)[2:] == batches(2) and batches(0) != batches(0, seed=1)
+
+
+def test_lengths_that_do_not_fit_are_said():
+    with pytest.raises(ValueError, match="no room for a query of 8"):
+        Lengths(8, 10, (10,))
+    with pytest.raises(ValueError, match=r"task.buckets must reach task.max_length 16, got \(8,\)"):
+        Lengths(8, 16, (8,))
+
+
+# Text that is there.
+
+
+def test_docstrings_are_split_by_module_and_do_not_tell_their_query():
+    splits = corpora.docstrings()
+    modules = {split: {name.split(".")[0] for name in found.queries} for split, found in splits.items()}
+    assert not (
+        modules["train"] & modules["val"] or modules["train"] & modules["test"] or modules["val"] & modules["test"]
+    )
+    for found in splits.values():
+        assert len(found.queries) > 100 and set(found.queries) == set(found.documents)
+        assert sum(query in found.documents[name] for name, query in found.queries.items()) < 0.02 * len(
+            found.queries
+        )
+
+
+# From the command line to the run file.
+
+CONFIG = ["--config", "configs/retrieval_rerank.py:smoke"]
+
+
+def test_a_reranker_is_trained_and_its_run_file_has_its_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTN_JAX_CACHE", str(tmp_path / "cache"))
+    random, words = np.random.default_rng(0), [f"w{i}" for i in range(12)]
+    texts = [" ".join(random.choice(words, 6)) for _ in range(40)]
+    corpus = lines(*({"_id": f"{i:02}", "text": text} for i, text in enumerate(texts)))
+    queries = lines(*({"_id": f"q{i}", "text": " ".join(text.split()[:2])} for i, text in enumerate(texts)))
+    qrels = "".join(f"q{i}\t{i:02}\t{1 + i % 2}\n" for i in range(20))
+    test = "".join(f"q{i}\t{i:02}\t1\nq{i}\t{i - 1:02}\t2\n" for i in range(20, 31))
+    folder = write(tmp_path / "data", corpus=corpus, queries=queries, train=qrels, test=test)
+    settings = {"task.source": folder, "task.vocab_size": 300, "task.num_candidates": 8, "mesh.data": 1}
+    settings |= {"model.dim": 8, "steps": 2, "eval_every": 2}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    code, out, error = outcome(train.__main__.main, *CONFIG, *flags, "--workdir", tmp_path / "run")
+    assert code == 0, error
+    assert "perfect order of its candidates" in out
+    code, _, error = outcome(eval.__main__.main, "--workdir", tmp_path / "run")
+    assert code == 0, error
+    found = json.loads((tmp_path / "run" / "eval_test.json").read_text())["metrics"]
+    qrel, run = {}, {}
+    for query, document, grade in (line.split() for line in test.splitlines()):
+        qrel.setdefault(query, {})[document] = int(grade)
+    for query, _, document, _, score, _ in map(
+        str.split, (tmp_path / "run" / "run_test.trec").read_text().splitlines()
+    ):
+        run.setdefault(query, {})[document] = float(score)
+    by_query = pytrec_eval.RelevanceEvaluator(qrel, {"ndcg_cut.10", "P.1"}).evaluate(run)
+    for name, theirs in (("ndcg@10", "ndcg_cut_10"), ("hit@1", "P_1")):
+        expected = sum(scores[theirs] for scores in by_query.values()) / len(qrel)  # those not found count 0
+        assert found[name] == pytest.approx(expected, abs=1e-5)  # scores have six digits there
+
+
+def test_sources_that_are_not_there_are_said(capsys, tmp_path):
+    config = [*CONFIG, "--workdir", tmp_path / "run"]
+    said = complaint(capsys, *config, "--config.task.source=nowhere")
+    assert "task.source `nowhere` is neither one of docstrings, news nor a folder" in said
+    assert "no room for a query" in complaint(capsys, *config, "--config.task.max_query_length=100")
