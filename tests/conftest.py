@@ -17,3 +17,14 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile("attn_jax", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.load_profile("attn_jax")
+
+
+def pytest_collection_modifyitems(items):
+    """The conformance suite runs mechanism by mechanism, so that few workers compile the same one."""
+
+    def mechanism(item):
+        return item.callspec.params.get("name", "") if hasattr(item, "callspec") else ""
+
+    places = [i for i, item in enumerate(items) if item.path.name == "test_conformance.py"]
+    for place, item in zip(places, sorted((items[i] for i in places), key=mechanism)):
+        items[place] = item

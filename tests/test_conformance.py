@@ -2,6 +2,9 @@
 
 Modules are small, `SMALL` makes windows, chunks and blocks smaller than the sequences. Every law runs causal and
 bidirectional where the registry says that the mechanism can do both.
+
+Compilation is nearly all of the time that this takes. So most laws share two shapes, of a batch with a mask and of
+one without, and `shared` compiles the value and all gradients of a module once for each.
 """
 
 import functools
@@ -19,7 +22,10 @@ from hypothesis import strategies as st
 import attn_jax
 from train.config import COMMON
 
-DIM, HEADS, LENGTH = 16, 2, 13
+DIM, HEADS = 16, 2
+# A length of 1, primes, shorter and longer than any block; and what a batch of them is padded to.
+LENGTH, ROWS, PADDED = 13, 5, 17
+LENGTHS = (LENGTH, LENGTH, 3, 2, 1)
 
 # float32 sums of some dozen terms, in another order: a few units in the last place of values around 1.
 ROUNDING = 2e-5
@@ -37,8 +43,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "gravitational_multi_timescale": {"decoder": "laplace", "num_lags": 5},
 }
 
-# Options that cut the computation and must not change the result, with odd values for them.
-COMPUTATIONAL = {"chunk": (1, 3, 5, 64), "block_length": (1, 3, 5, 64)}
+# Options that cut the computation and must not change the result: one, a ragged rest, and more than there is.
+COMPUTATIONAL = {"chunk": (1, 5, 64), "block_length": (1, 5, 64)}
 
 CASES = [
     (name, causal)
@@ -60,9 +66,9 @@ def build(name: str, causal: bool, **options: Any) -> Any:
     return module
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def shared(name: str, causal: bool) -> Any:
-    """A module and its compiled call, gradient and so on, compiled once per shape for the whole file."""
+    """A module and its compiled functions, for all laws: tests come mechanism by mechanism (tests/conftest.py)."""
     return Compiled(build(name, causal))
 
 
@@ -71,22 +77,40 @@ class Compiled:
         self.module = module
         self.graph, self.params, self.rest = nnx.split(module, nnx.Param, ...)
         self.call = jax.jit(lambda x, mask=None: self.apply(self.params, x, mask))
-        self.gradients = jax.jit(jax.grad(self.weighted, argnums=(0, 1)))
+        self._run = jax.jit(jax.value_and_grad(self.weighted, argnums=(0, 1), has_aux=True))
+        self.jacobian = jax.jit(jax.jacrev(lambda x, mask, w: self.apply(self.params, x, mask)[0] @ w))
 
     def apply(self, params: Any, x: Any, mask: Any = None) -> Any:
         return nnx.merge(self.graph, params, self.rest)(x, mask=mask)
 
     def weighted(self, params: Any, x: Any, mask: Any, weights: Any) -> Any:
-        """A generic loss on real tokens. (Not a product: 0 x NaN is NaN.)"""
+        """A generic loss on real tokens, and the output. (Not a product: 0 x NaN is NaN.)"""
         y = self.apply(params, x, mask)
-        return jnp.sum(jnp.where(mask[:, :, None], y * weights, 0))
+        return jnp.sum(y * weights if mask is None else jnp.where(mask[:, :, None], y * weights, 0)), y
+
+    def run(self, x: Any, mask: Any, weights: Any) -> Any:
+        """The output, and the gradients of parameters and `x`."""
+        (_, y), gradients = self._run(self.params, x, mask, weights)
+        return y, gradients
+
+    def values(self, x: Any, mask: Any = None) -> Any:
+        """The output alone, of the same program."""
+        return self.run(x, mask, np.zeros_like(x))[0]
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def prefix_mask(*lengths: int, length: int = LENGTH) -> np.ndarray:
+def unmasked(seed: int) -> np.ndarray:
+    return normal(seed, 2, LENGTH, DIM)
+
+
+def padded(seed: int) -> np.ndarray:
+    return normal(seed, ROWS, PADDED, DIM)
+
+
+def prefix_mask(*lengths: int, length: int = PADDED) -> np.ndarray:
     return np.arange(length) < np.array(lengths)[:, None]
 
 
@@ -96,7 +120,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = ROUNDING) -> Non
 
 @every_case
 def test_shape_and_dtype(name, causal):
-    y = shared(name, causal).call(normal(0, 2, LENGTH, DIM))
+    y = shared(name, causal).values(unmasked(0))
     chex.assert_shape(y, (2, LENGTH, DIM))
     chex.assert_type(y, jnp.float32)
     chex.assert_tree_all_finite(y)
@@ -104,21 +128,24 @@ def test_shape_and_dtype(name, causal):
 
 @every_case
 def test_padding_a_batch_changes_nothing(name, causal):
-    """Values and gradients of a padded, masked batch are those of its sequences one by one (semantics 1 and 4)."""
+    """Values and gradients of a padded, masked batch are those of its sequences alone, without a mask.
+
+    At every length (semantics 1, 4 and 7).
+    """
     compiled = shared(name, causal)
-    lengths = (LENGTH, 7, 1)
-    x, weights, mask = normal(1, 3, LENGTH, DIM), normal(2, 3, LENGTH, DIM), prefix_mask(*lengths)
-    x[~mask] = np.nan
-    y = compiled.call(x, mask)
-    d_params, dx = compiled.gradients(compiled.params, x, mask, weights)
+    x, weights, mask = padded(1), padded(2), prefix_mask(*LENGTHS)
+    x[~mask], weights[3] = np.nan, 0  # a length of 2: values only
+    y, (d_params, dx) = compiled.run(x, mask, weights)
     total = jax.tree.map(jnp.zeros_like, d_params)
-    for b, n in enumerate(lengths):
-        alone = slice(b, b + 1), slice(0, n)
-        assert_close(y[alone], compiled.call(x[alone]))
-        one = compiled.gradients(compiled.params, x[alone], np.ones((1, n), bool), weights[alone])
-        assert_close(dx[alone], one[1])
-        total = jax.tree.map(jnp.add, total, one[0])
-    assert_close(d_params, total, 5 * ROUNDING)  # sums over three sequences
+    for rows in (slice(0, 2), slice(2, 3), slice(4, 5)):
+        alone = rows, slice(0, LENGTHS[rows.start])
+        value, gradients = compiled.run(x[alone], None, weights[alone])
+        chex.assert_tree_all_finite(value)
+        assert_close(y[alone], value)
+        assert_close(dx[alone], gradients[1])
+        total = jax.tree.map(jnp.add, total, gradients[0])
+    assert_close(y[3:4, :2], compiled.call(x[3:4, :2]))
+    assert_close(d_params, total, 5 * ROUNDING)  # sums over several sequences
     assert not np.asarray(dx)[~mask].any()
 
 
@@ -128,15 +155,12 @@ def test_padding_a_batch_changes_nothing(name, causal):
 def test_masked_tokens_do_not_exist(name, causal, seed, bad):
     """Whatever masked tokens hold, anywhere in the sequence, nothing else changes, to the bit (semantics 1)."""
     compiled = shared(name, causal)
-    mask = np.random.default_rng(seed).random((3, LENGTH)) < 0.6
-    weights = normal(seed, 3, LENGTH, DIM)
-    clean, dirty = normal(seed + 1, 3, LENGTH, DIM), normal(seed + 1, 3, LENGTH, DIM)
+    mask = np.random.default_rng(seed).random((ROWS, PADDED)) < 0.6
+    weights, clean, dirty = padded(seed), padded(seed + 1), padded(seed + 1)
     clean[~mask], dirty[~mask] = 0, bad
-    chex.assert_trees_all_equal(
-        np.asarray(compiled.call(clean, mask))[mask], np.asarray(compiled.call(dirty, mask))[mask]
-    )
-    d_clean = compiled.gradients(compiled.params, clean, mask, weights)
-    d_dirty = compiled.gradients(compiled.params, dirty, mask, weights)
+    y_clean, d_clean = compiled.run(clean, mask, weights)
+    y_dirty, d_dirty = compiled.run(dirty, mask, weights)
+    chex.assert_trees_all_equal(np.asarray(y_clean)[mask], np.asarray(y_dirty)[mask])
     chex.assert_trees_all_equal(d_clean, d_dirty)
     chex.assert_tree_all_finite(d_dirty)
     assert not np.asarray(d_dirty[1])[~mask].any()
@@ -146,39 +170,32 @@ def test_masked_tokens_do_not_exist(name, causal, seed, bad):
 def test_a_real_token_matters(name, causal):
     """The counterpart: what is not masked does have influence on others, so that the laws above say something."""
     compiled = shared(name, causal)
-    x, mask = normal(3, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 5)
+    x, mask = padded(3), prefix_mask(LENGTH, 7, 5, 0, 0)
+    x[:3, :LENGTH] = normal(3, 3, LENGTH, DIM)  # a draw of which "hyper" samples the token in question
     changed = x.copy()
     changed[:, 2] += 1
-    difference = np.abs(compiled.call(changed, mask) - compiled.call(x, mask)).max(-1)
-    assert (difference[:, 3:5] > 1e-4).all()
+    difference = np.abs(compiled.values(changed, mask) - compiled.values(x, mask)).max(-1)
+    assert (difference[:3, 3:5] > 1e-4).all()
 
 
 @every_case
 def test_a_sequence_without_real_tokens_gives_zero(name, causal):
     """Exactly 0 with finite gradients (semantics 2)."""
     compiled = shared(name, causal)
-    x, mask, weights = normal(4, 3, LENGTH, DIM), prefix_mask(LENGTH, 0, 5), normal(5, 3, LENGTH, DIM)
-    y = np.asarray(compiled.call(x, mask))
-    assert not y[1].any()
-    chex.assert_tree_all_finite((y, compiled.gradients(compiled.params, x, mask, weights)))
+    y, gradients = compiled.run(padded(4), prefix_mask(PADDED, 0, 5, 0, 1), padded(5))
+    assert not np.asarray(y)[[1, 3]].any()
+    chex.assert_tree_all_finite((y, gradients))
 
 
 @pytest.mark.parametrize("name", [n for n, m in attn_jax.MECHANISMS.items() if m.causal])
 @pytest.mark.parametrize("masked", [False, True])
 def test_causality_by_jacobian(name, masked):
     """dy_i / dx_j is exactly 0 for j > i, and is not for j <= i (semantics 3)."""
-    compiled = shared(name, True)
-    x = normal(6, 1, LENGTH, DIM)
     mask = np.ones((1, LENGTH), bool)
     if masked:
         mask[0, [0, 4, 5]] = False
-    w = normal(7, DIM)
-
-    @jax.jit
-    def jacobian(x: Any) -> Any:
-        return jax.jacrev(lambda x: compiled.apply(compiled.params, x, mask)[0] @ w)(x)
-
-    dy_dx = np.abs(np.asarray(jacobian(x))[:, 0]).max(-1)
+    dy_dx = shared(name, True).jacobian(normal(6, 1, LENGTH, DIM), mask, normal(7, DIM))
+    dy_dx = np.abs(np.asarray(dy_dx)[:, 0]).max(-1)
     assert not np.triu(dy_dx, 1).any()
     real = mask[0]
     neighbours = real & np.roll(real, 1)
@@ -191,74 +208,58 @@ def test_causality_by_jacobian(name, masked):
 def test_the_future_cannot_be_seen_at_any_size(name):
     """Stabilisers and normalisers see the future through huge values first: those must change nothing earlier."""
     compiled = shared(name, True)
-    x = normal(8, 1, LENGTH, DIM)
+    x = unmasked(8)
     future = x.copy()
     future[:, 8:] *= 50
-    assert_close(compiled.call(future)[:, :8], compiled.call(x)[:, :8], 1e-6)
+    assert_close(compiled.values(future)[:, :8], compiled.values(x)[:, :8], 1e-6)
 
 
 @every_case
 def test_rows_of_a_batch_are_independent(name, causal):
     """Row b is the same whatever the other rows hold (semantics 5)."""
     compiled = shared(name, causal)
-    x, mask = normal(9, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 5)
-    other, other_mask = normal(10, 3, LENGTH, DIM) * 9, prefix_mask(3, 7, 1)
+    x, mask = padded(9), prefix_mask(LENGTH, 7, 5, 9, 2)
+    other, other_mask = padded(10) * 9, prefix_mask(3, 7, 1, PADDED, 4)
     other[1] = x[1]
-    assert_close(compiled.call(other, other_mask)[1], compiled.call(x, mask)[1], 1e-6)
+    assert_close(compiled.values(other, other_mask)[1], compiled.values(x, mask)[1], 1e-6)
 
 
 @every_case
 def test_chunks_change_nothing(name, causal):
     """Options that only cut the computation do not change the result (semantics 5)."""
     known = attn_jax.MECHANISMS[name].options()
-    x, mask = normal(11, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 1)
-    expected = shared(name, causal).call(x, mask)
+    x, mask = padded(11), prefix_mask(*LENGTHS)
     for option, values in COMPUTATIONAL.items():
         for value in values if option in known else ():
-            assert_close(Compiled(build(name, causal, **{option: value})).call(x, mask), expected)
+            other = Compiled(build(name, causal, **{option: value}))
+            assert_close(other.call(x, mask), shared(name, causal).values(x, mask))
 
 
 @every_case
 def test_implementations_agree(name, causal):
-    """Every implementation gives the values and gradients of every other."""
-    implementations = attn_jax.MECHANISMS[name].implementations
-    x, mask, weights = normal(12, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 1), normal(13, 3, LENGTH, DIM)
-    first = shared(name, causal)
-    expected = first.call(x, mask), first.gradients(first.params, x, mask, weights)
-    for implementation in {"dense", "xla"} & set(implementations):
-        other = Compiled(build(name, causal, implementation=implementation))
-        assert_close((other.call(x, mask), other.gradients(other.params, x, mask, weights)), expected, 1e-4)
+    """The readable implementation has the values and gradients of the default, which is "xla" on a CPU."""
+    if "dense" in attn_jax.MECHANISMS[name].implementations:
+        batch = padded(12), prefix_mask(PADDED, 7, 1, 0, LENGTH), padded(13)
+        other = Compiled(build(name, causal, implementation="dense"))
+        assert_close(other.run(*batch), shared(name, causal).run(*batch), 1e-4)
 
 
 @pytest.mark.parametrize("name", [n for n, m in attn_jax.MECHANISMS.items() if "mosaic" in m.implementations])
 def test_the_kernel_agrees(name):
-    """The fused kernel, interpreted, gives the gradients of the portable path, for which it needs its values."""
-    x, mask, weights = normal(12, 1, LENGTH, DIM), prefix_mask(LENGTH - 3), normal(13, 1, LENGTH, DIM)
-
-    def gradients(implementation):
-        compiled = Compiled(build(name, attn_jax.MECHANISMS[name].causal, implementation=implementation))
-        return compiled.gradients(compiled.params, x, mask, weights)
-
-    assert_close(gradients("mosaic_interpret"), gradients("xla"), 1e-4)
-
-
-@every_case
-@pytest.mark.parametrize("length", [1, 2, 3, 31])
-def test_awkward_lengths(name, causal, length):
-    """Length 1, primes, shorter and longer than any block: finite, and a prefix of padded ones (semantics 7)."""
-    compiled = shared(name, causal)
-    x = normal(14, 2, length, DIM)
-    padded = np.concatenate([x, normal(15, 2, 33 - length, DIM)], axis=1)
-    mask = prefix_mask(length, length, length=33)
-    assert_close(compiled.call(x), compiled.call(padded, mask)[:, :length])
+    """The fused kernel, interpreted, gives the values and gradients of the portable path."""
+    causal = attn_jax.MECHANISMS[name].causal
+    x, mask, weights = padded(12), prefix_mask(LENGTH - 3, 7, 1, 0, 9), padded(13)
+    weights[1:] = 0  # the gradients are those of the first sequence
+    kernel = Compiled(build(name, causal, implementation="mosaic_interpret"))
+    y, (d_params, dx) = kernel.run(x[:1], mask[:1], weights[:1])
+    expected, (d_expected, dx_expected) = shared(name, causal).run(x, mask, weights)
+    assert_close((y, d_params, dx), (expected[:1], d_expected, dx_expected[:1]), 1e-4)
 
 
 @every_case
 def test_every_parameter_is_alive(name, causal):
     """No parameter is without influence on the output."""
-    compiled = shared(name, causal)
-    x, mask, weights = normal(16, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 9), normal(17, 3, LENGTH, DIM)
-    d_params, _ = compiled.gradients(compiled.params, x, mask, weights)
+    _, (d_params, _) = shared(name, causal).run(padded(16), prefix_mask(LENGTH, 7, 9, 5, 3), padded(17))
     for path, gradient in nnx.to_flat_state(d_params):
         assert np.abs(gradient[...]).max() > 1e-6, f"{name}: parameter {path} has no influence"
 
@@ -266,15 +267,11 @@ def test_every_parameter_is_alive(name, causal):
 @every_case
 def test_half_precision(name, causal):
     """bfloat16 computation stays near float32, with the same parameters."""
-    module = build(name, causal)
-    half = attn_jax.build(
-        name, dim=DIM, num_heads=HEADS, causal=causal, dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **SMALL.get(name, {})
-    )
-    half.eval()
-    x, mask = normal(18, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 1)
+    half = build(name, causal, dtype=jnp.bfloat16)
+    x, mask = padded(18), prefix_mask(*LENGTHS)
     y = jax.jit(lambda x: half(x, mask=mask))(x)
     chex.assert_type(y, jnp.bfloat16)
-    reference = np.asarray(jax.jit(lambda x: module(x, mask=mask))(x))
+    reference = np.asarray(shared(name, causal).values(x, mask))
     assert np.abs(np.asarray(y, np.float32) - reference).max() < BFLOAT16 * max(1, np.abs(reference).max())
 
 
@@ -282,17 +279,18 @@ def test_half_precision(name, causal):
 def test_transformations(name, causal):
     """jit, vmap, checkpoint, grad over the module itself, eval_shape and split/merge leave the result alone."""
     compiled = shared(name, causal)
-    module, x = compiled.module, normal(19, 2, LENGTH, DIM)
-    y = compiled.call(x)
-    assert_close(jax.jit(lambda module, x: module(x))(module, x), y)
-    assert_close(jax.jit(jax.vmap(lambda row: module(row[None])[0]))(x), y)
+    module, x, weights = compiled.module, unmasked(19), unmasked(20)
+    y, gradients = compiled.run(x, None, weights)
     assert jax.eval_shape(module, x) == jax.ShapeDtypeStruct(y.shape, y.dtype)
 
-    def loss(params: Any, x: Any) -> Any:
-        return jnp.sum(jnp.square(compiled.apply(params, x)))
+    @jax.jit
+    def transformed(module: Any, x: Any) -> Any:
+        graph, params, rest = nnx.split(module, nnx.Param, ...)
+        loss = jax.checkpoint(lambda params, x: jnp.sum(nnx.merge(graph, params, rest)(x) * weights))
+        mapped = jax.vmap(lambda row: module(row[None])[0])(x)
+        return module(x), mapped, jax.grad(loss, argnums=(0, 1))(params, x)
 
-    plain = jax.jit(jax.grad(loss))(compiled.params, x)
-    assert_close(jax.jit(jax.grad(jax.checkpoint(loss)))(compiled.params, x), plain)
+    assert_close(transformed(module, x), (y, y, gradients))
     abstract = nnx.eval_shape(lambda: build(name, causal))
     chex.assert_trees_all_equal_shapes_and_dtypes(nnx.state(abstract, nnx.Param), nnx.state(module, nnx.Param))
 
@@ -301,7 +299,7 @@ def test_transformations(name, causal):
 def test_decoding_equals_the_parallel_form(name):
     """Token by token from an empty cache gives the causal output."""
     compiled = shared(name, True)
-    x = normal(20, 2, LENGTH, DIM)
+    x = unmasked(20)
     cache = compiled.module.init_cache(2, LENGTH, jnp.float32)
     step = jax.jit(compiled.module.step)
     outputs = []
@@ -309,7 +307,7 @@ def test_decoding_equals_the_parallel_form(name):
         y, cache = step(x[:, t : t + 1], cache)
         chex.assert_shape(y, (2, 1, DIM))
         outputs.append(y)
-    assert_close(jnp.concatenate(outputs, axis=1), compiled.call(x))
+    assert_close(np.concatenate(outputs, axis=1), compiled.values(x))
 
 
 @every_case
@@ -320,7 +318,7 @@ def test_attention_weights(name, causal):
     """
     mechanism = attn_jax.MECHANISMS[name]
     compiled = shared(name, causal)
-    x, mask = normal(21, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 0)
+    x, mask = normal(21, 3, LENGTH, DIM), prefix_mask(LENGTH, 7, 0, length=LENGTH)
     weights = jax.jit(lambda x: compiled.module.attention_weights(x, mask=mask))(x)
     if not mechanism.weights:
         assert weights is None
@@ -341,12 +339,13 @@ def test_attention_weights(name, causal):
 def test_cross_attention(name):
     """`context` of another length is read under its own mask, and only it."""
     compiled = shared(name, False)
-    x, context, mask = normal(22, 2, 5, DIM), normal(23, 2, LENGTH, DIM), prefix_mask(LENGTH, 7)
+    x, context, mask = normal(22, 2, 5, DIM), normal(23, 2, LENGTH, DIM), prefix_mask(LENGTH, 7, length=LENGTH)
     call = jax.jit(lambda context, mask: compiled.module(x, context=context, context_mask=mask))
+    short = jax.jit(lambda context: compiled.module(x[1:], context=context))
     dirty = np.where(mask[:, :, None], context, np.nan).astype(np.float32)
     y = call(dirty, mask)
     assert_close(y[0], call(context, np.ones_like(mask))[0])
-    assert_close(y[1:], compiled.module(x[1:], context=context[1:, :7]))
+    assert_close(y[1:], short(context[1:, :7]))
     assert not np.asarray(call(context, np.zeros_like(mask))).any()
     assert np.abs(call(context + 1, mask) - y).max() > 1e-4
 

@@ -16,6 +16,9 @@ def build(causal=True, **options):
     return attn_jax.build("mamba", dim=16, num_heads=2, causal=causal, rngs=nnx.Rngs(0), **options)
 
 
+call = jax.jit(lambda module, x, mask=None: module(x, mask=mask))
+
+
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
@@ -50,16 +53,16 @@ def oracle(module, x):
 
 def test_the_layer_is_algorithm_2():
     module, x = build(), normal(0, 2, 13, 16)
-    np.testing.assert_allclose(module(x.astype(np.float32)), oracle(module, x), atol=ROUNDING)
+    np.testing.assert_allclose(call(module, x.astype(np.float32)), oracle(module, x), atol=ROUNDING)
 
 
 def test_bidirectional_is_both_directions():
     """Reading the reversed sequence with the two directions swapped gives the reversed output."""
     module, x = build(causal=False), normal(1, 2, 13, 16).astype(np.float32)
-    y = module(x)
+    y = call(module, x)
     first, second = module.directions
     module.directions = nnx.List([second, first])
-    np.testing.assert_allclose(module(x[:, ::-1])[:, ::-1], y, atol=ROUNDING)
+    np.testing.assert_allclose(call(module, x[:, ::-1])[:, ::-1], y, atol=ROUNDING)
     assert len(build(causal=False, bidirectional=False).directions) == 1
 
 
@@ -86,12 +89,12 @@ def test_a_masked_token_freezes_the_state():
     x = normal(3, 1, 13, 16).astype(np.float32)
     mask = np.ones((1, 13), bool)
     mask[0, [0, 5, 6]] = False
-    np.testing.assert_allclose(module(x, mask=mask)[mask], module(x[mask][None])[0], atol=ROUNDING)
+    np.testing.assert_allclose(call(module, x, mask)[mask], call(module, x[mask][None])[0], atol=ROUNDING)
 
 
 def test_the_convolution_is_causal_and_depthwise():
     x, kernel, bias = normal(4, 2, 9, 3), normal(5, 4, 3), normal(6, 3)
-    actual = causal_convolution(x, kernel, bias, np.zeros((2, 3, 3)))
+    actual = jax.jit(causal_convolution)(x, kernel, bias, np.zeros((2, 3, 3)))
     for e in range(3):
         expected = np.stack([np.convolve(row, kernel[::-1, e])[:9] for row in x[..., e]]) + bias[e]
         np.testing.assert_allclose(actual[..., e], expected, atol=1e-5)

@@ -353,7 +353,7 @@ def expected_gradient(loss, logits, group):
     """Of `loss(logits, depths (1, G))` over groups sampled from `softmax(logits)`, `logits` `(1, depth)`."""
     groups = np.array(list(itertools.product(range(logits.shape[1]), repeat=group)))
     probabilities = softmax(np.float64(logits[0]))[groups].prod(1)
-    gradients = jax.vmap(lambda depths: jax.grad(loss)(logits, depths[None]))(groups)
+    gradients = jax.jit(jax.vmap(lambda depths: jax.grad(loss)(logits, depths[None])))(groups)
     return np.einsum("g,gbd->bd", probabilities, gradients)
 
 
@@ -395,17 +395,18 @@ def test_a_critic_that_the_policy_loss_trains_is_wrong_by_one(detach_values, opt
         options = {"estimator": "actor_critic", "detach_values": detach_values}
         return policy_loss(logits, logits, logits, depths, rewards, values=values, **options)
 
-    close(jax.grad(loss)(np.float32([optimum])), 0, LOSS)
+    close(jax.jit(jax.grad(loss))(np.float32([optimum])), 0, LOSS)
 
 
 def test_exact_loss_is_the_expected_reward():
     logits, reference, rewards = normal(0, 5, DEPTH), normal(1, 5, DEPTH), normal(2, 5, DEPTH)
     depths = sample_depths(jax.random.key(0), logits, estimator="exact")
-    loss = functools.partial(policy_loss, estimator="exact")
+    loss = jax.jit(functools.partial(policy_loss, estimator="exact"))
+    gradient = jax.jit(jax.grad(functools.partial(policy_loss, estimator="exact")))
     p, r = softmax(np.float64(logits)), softmax(np.float64(reference))
     expected = -(p * rewards).sum(1).mean()
     close(loss(logits, logits, reference, depths, rewards), expected, LOSS)
-    close(jax.grad(loss)(logits, logits, reference, depths, rewards), exact_gradient(logits, rewards) / 5, LOSS)
+    close(gradient(logits, logits, reference, depths, rewards), exact_gradient(logits, rewards) / 5, LOSS)
     actual = loss(logits, logits, reference, depths, rewards, kl_weight=0.2, entropy_weight=0.3)
     penalty = 0.2 * (p * np.log(p / r)).sum(1).mean() + 0.3 * (p * np.log(p)).sum(1).mean()
     close(actual, expected + penalty, LOSS)
@@ -443,8 +444,8 @@ def test_nothing_is_learned_from_equal_rewards():
     """To the bit: a spread of rounding errors must not become advantages by division by their own size."""
     logits, depths = normal(0, 4, DEPTH), np.random.default_rng(1).integers(0, DEPTH, (4, 7))
     rewards = np.broadcast_to(np.float32([[0.1], [0.3], [1e3], [-7.7]]), depths.shape)
-    gradient = jax.grad(functools.partial(policy_loss, estimator="grpo"))(logits, logits, logits, depths, rewards)
-    assert (gradient == 0).all()
+    gradient = jax.jit(jax.grad(functools.partial(policy_loss, estimator="grpo")))
+    assert (gradient(logits, logits, logits, depths, rewards) == 0).all()
 
 
 def test_samples_follow_the_policy():
@@ -470,13 +471,13 @@ def test_supervised_loss_is_its_formula():
     log_p = np.log(softmax(np.float64(logits)))
     expected = 0.7 * np.mean(pairs) - 0.3 * log_p[np.arange(4), targets].mean()
     dirty = np.where(mask, scores, np.nan)
-    loss = functools.partial(maw_router.supervised_loss, mask=mask)
+    loss = jax.jit(functools.partial(maw_router.supervised_loss, mask=mask))
     close(loss(logits, targets, dirty, relevant), expected, LOSS)
     soft = maw_router.loss_targets(normal(3, 4, DEPTH), 0.5)
     close(soft, softmax(-normal(3, 4, DEPTH) / 0.5), LOSS)
     close(loss(logits, soft, dirty, relevant, rank_weight=0), -(soft * log_p).sum(1).mean(), LOSS)
     assert loss(logits, targets, dirty, np.zeros_like(relevant), rank_weight=1) == 0
-    assert np.isfinite(jax.grad(loss, argnums=2)(logits, targets, dirty, relevant)).all()
+    assert np.isfinite(jax.jit(jax.grad(loss, argnums=2))(logits, targets, dirty, relevant)).all()
 
 
 def test_the_relevant_count_rule():
@@ -573,7 +574,7 @@ def test_tied_depths_cannot_be_taught():
     assert (rewards == rewards[:, :1]).all() and (rewards < 0).all()
     for estimator in ("grpo", "exact"):
         depths = sample_depths(jax.random.key(0), logits, estimator=estimator)
-        gradient = jax.grad(functools.partial(policy_loss, estimator=estimator))
+        gradient = jax.jit(jax.grad(functools.partial(policy_loss, estimator=estimator)))
         own = jnp.take_along_axis(rewards, depths, axis=1)
         assert (gradient(logits, logits, logits, depths, own) == 0).all()
 

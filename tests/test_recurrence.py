@@ -1,5 +1,7 @@
 """The linear recurrence engine: prefix sums for linear attention, and the selective scan."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,10 +50,13 @@ def oracle_scan(u, delta, a, b, c, d, initial_state, mask=None):
     return np.stack(ys, 1), h
 
 
-def scan(inputs, **options):
+def scan_anew(inputs, **options):
     return selective_scan(
         *(inputs[n] for n in "u delta a b c d".split()), initial_state=inputs["initial_state"], **options
     )
+
+
+scan = jax.jit(scan_anew, static_argnames=("chunk", "implementation"))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -74,12 +79,16 @@ def test_scan_gradients_are_those_of_the_recurrence(chunk):
         inputs, mask = scan_inputs(1, 40), np.random.default_rng(1).random((2, 40)) < 0.7
         wy, wh = normal(2, 2, 40, 6), normal(3, 2, 6, 3)
 
-        def loss(inputs, **options):
-            y, final = scan(inputs, mask=mask, **options)
-            return jnp.sum(y * wy) + jnp.sum(final * wh)
+        @jax.jit
+        def gradients(inputs):
+            def loss(inputs, **options):
+                y, final = scan(inputs, mask=mask, **options)
+                return jnp.sum(y * wy) + jnp.sum(final * wh)
 
-        expected = jax.jit(jax.grad(lambda x: loss(x, implementation="dense")))(inputs)
-        actual = jax.jit(jax.grad(lambda x: loss(x, implementation="xla", chunk=chunk)))(inputs)
+            every = {"implementation": "dense"}, {"implementation": "xla", "chunk": chunk}
+            return [jax.grad(functools.partial(loss, **options))(inputs) for options in every]
+
+        expected, actual = gradients(inputs)
         for name in inputs:
             np.testing.assert_allclose(actual[name], expected[name], atol=1e-9, err_msg=name)
 
@@ -92,12 +101,12 @@ def test_the_chunked_form_for_accelerators_equals_the_stepped_one(length, monkey
         wy, wh = normal(5, 2, length, 6), normal(6, 2, 6, 3)
 
         def loss(inputs):
-            y, final = scan(inputs, chunk=16)
+            y, final = scan_anew(inputs, chunk=16)
             return jnp.sum(y * wy) + jnp.sum(final * wh)
 
-        stepped = jax.value_and_grad(loss)(inputs)
+        stepped = jax.jit(jax.value_and_grad(loss))(inputs)
         monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-        chunked = jax.value_and_grad(loss)(inputs)
+        chunked = jax.jit(jax.value_and_grad(lambda inputs: loss(inputs)))(inputs)  # traced anew
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), chunked, stepped)
 
 
@@ -193,19 +202,26 @@ def test_linear_attention_is_the_quadratic_form(length, chunk, causal):
         mask, w = np.random.default_rng(4).random((2, length)) < 0.7, normal(5, 2, length, 2, 3)
         mask[1, :] = length == 40
 
-        def ours(*args):
-            p, q, k, v = args
+        def ours(p, q, k, v):
             return linear(feature, p, q, k, v, mask=mask, causal=causal, chunk=chunk)[0]
 
         def expected(*args):
             return oracle_linear(*args, mask, causal)
 
-        np.testing.assert_allclose(ours(*args), expected(*args), atol=EXACT)
-        every = tuple(range(4))
-        actual = jax.jit(jax.grad(lambda *a: jnp.sum(ours(*a) * w), every))(*args)
-        reference = jax.grad(lambda *a: jnp.sum(expected(*a) * w), every)(*args)
+        @jax.jit
+        def values_and_gradients(*args):
+            return [(y, pull(w)) for y, pull in (jax.vjp(f, *args) for f in (ours, expected))]
+
+        (y, actual), (wanted, reference) = values_and_gradients(*args)
+        np.testing.assert_allclose(y, wanted, atol=EXACT)
         for ours_, theirs in zip(actual, reference):
             np.testing.assert_allclose(ours_, theirs, atol=1e-9)
+
+
+def assert_same(f, g, *args):
+    """In values and gradients."""
+    f, g = jax.jit(lambda *args: [jax.value_and_grad(h, (0, 1, 2))(*args) for h in (f, g)])(*args)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-9), f, g)
 
 
 def test_linear_attention_is_continued_from_its_state():
@@ -221,11 +237,7 @@ def test_linear_attention_is_continued_from_its_state():
             second, _ = linear(feature, p, q[:, 6:], k[:, 6:], v[:, 6:], causal=True, chunk=4, initial_state=state)
             return jnp.sum(jnp.concatenate([first, second], 1) * w)
 
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9),
-            jax.value_and_grad(halves, (0, 1, 2))(q, k, v),
-            jax.value_and_grad(whole, (0, 1, 2))(q, k, v),
-        )
+        assert_same(halves, whole, q, k, v)
 
 
 def test_a_state_stands_for_the_keys_that_it_has_read():
@@ -240,11 +252,7 @@ def test_a_state_stands_for_the_keys_that_it_has_read():
         def together(p, k, v):
             return jnp.sum(linear(feature, p, q, k, v, chunk=4)[0] * w)
 
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9),
-            jax.value_and_grad(handed_over, (0, 1, 2))(p, k, v),
-            jax.value_and_grad(together, (0, 1, 2))(p, k, v),
-        )
+        assert_same(handed_over, together, p, k, v)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -257,9 +265,10 @@ def test_the_scale_of_a_state_is_free(causal):
         def loss(state):
             return jnp.sum(linear(feature, p, q, k, v, causal=causal, chunk=4, initial_state=state)[0] * w)
 
-        value, gradient = jax.value_and_grad(loss)(state)
         moved = LinearState(state.key_value * np.exp(-3), state.key_sum * np.exp(-3), state.log_scale + 3)
-        np.testing.assert_allclose(loss(moved), value, atol=1e-9)
+        run = jax.jit(jax.value_and_grad(loss))
+        value, gradient = run(state)
+        np.testing.assert_allclose(run(moved)[0], value, atol=1e-9)
         along = np.sum(gradient.key_value * state.key_value, (2, 3)) + np.sum(gradient.key_sum * state.key_sum, 2)
         np.testing.assert_allclose(gradient.log_scale, along, atol=1e-9)
         assert np.abs(along).max() > 1e-3
@@ -278,5 +287,5 @@ def test_huge_keys_neither_overflow_nor_leak():
 def test_an_empty_state_is_no_state():
     p, (q, k, v) = normal(0, 2, 5, 4), normal(1, 3, 2, 7, 2, 4)
     state = LinearState.empty(2, 2, 5, 4)
-    with_state, _ = linear(feature, p, q, k, v, causal=True, initial_state=state)
-    np.testing.assert_array_equal(with_state, linear(feature, p, q, k, v, causal=True)[0])
+    run = jax.jit(lambda state: linear(feature, p, q, k, v, causal=True, initial_state=state)[0])
+    np.testing.assert_array_equal(run(state), run(None))

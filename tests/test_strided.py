@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import attn_jax
-from attn_jax.ops import standard_attention, strided_attention
+from attn_jax.ops import strided_attention
 
 # float32 sums of some dozen terms in another order, values around 1.
 FLOAT32 = 1e-5
@@ -109,10 +109,10 @@ def test_any_stride(pattern, causal, stride):
 def test_a_stride_of_one_is_standard_attention(pattern, causal):
     q, k, v = operands(0)
     mask = np.random.default_rng(0).random((BATCH, LENGTH)) < 0.6
-    expected = jax.jit(functools.partial(standard_attention, causal=causal))(q, k, v, mask=mask)
-    np.testing.assert_allclose(
-        compiled(pattern, 1, causal)(q, k, v, mask, q)[0], expected, rtol=FLOAT32, atol=FLOAT32
-    )
+    options = {"pattern": pattern, "stride": 1, "causal": causal, "implementation": "xla"}
+    actual = jax.jit(functools.partial(strided_attention, **options))(q, k, v, mask=mask)
+    admissible = mask[:, None, None] & np.tri(LENGTH, k=0 if causal else LENGTH, dtype=bool)
+    np.testing.assert_allclose(actual, definition(q, k, v, admissible), rtol=FLOAT32, atol=FLOAT32)
 
 
 def reach(pattern, causal, layers, stride=3):
