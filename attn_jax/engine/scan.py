@@ -32,6 +32,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from attn_jax.engine import dispatch
+from attn_jax.engine.exponential import exp
 from attn_jax.types import Array, check_mask, check_shape
 from pallas_kernels.hardware import Hardware
 
@@ -295,7 +296,7 @@ def _forward_by_step(
 
     def step(h: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
         u, delta, b, c = token
-        h = jnp.exp(delta * a) * h + (delta * u) * b[:, None]
+        h = exp(delta * a) * h + (delta * u) * b[:, None]
         return h, c @ h + d * u
 
     def interval(carry: tuple[Array, Array], tokens: tuple[Array, ...]) -> tuple[tuple, tuple]:
@@ -317,7 +318,7 @@ def _backward_by_step(
     def block(a: Array, d: Array, g: Array, da: Array, h: Array, tokens: tuple[Array, ...]) -> tuple[Array, ...]:
         """One interval of one block of channels."""
         u, delta, b, c, dy = tokens
-        decay = jnp.exp(delta[:, None, :] * a)
+        decay = exp(delta[:, None, :] * a)
         dose = delta * u
 
         def again(h: Array, token: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:

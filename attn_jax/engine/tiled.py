@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attn_jax.engine import dispatch
+from attn_jax.engine.exponential import exp
 from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream, accumulation, merge, repeat_heads
 from attn_jax.types import NEG_INF, Array
 
@@ -274,7 +275,7 @@ def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Ar
         valid = None if stream.mask is None else _slice(stream.mask, j0, size)
         z = plan.mask(z, queries.position, j, valid, span)
         top = jnp.maximum(m, z.max(axis=1, keepdims=True))
-        p = jnp.exp(z - top)
+        p = exp(z - top)
         shrink = jnp.exp(m - top)
         o = o * shrink + _dot(p.astype(stream.values.dtype), _slice(stream.values, j0, size), acc)
         return top, l * shrink + p.sum(axis=1, keepdims=True), o
@@ -370,7 +371,7 @@ def _differentiate_stream(
             if bias is not None:
                 z += _bias_tile(bias, row, i0, j0, (outer.tile, size)).T
             span = _slice_span(row_span, i0, outer.tile)
-            p = jnp.exp(plan.mask(z, i, j, valid, span) - take(outer.lse))
+            p = exp(plan.mask(z, i, j, valid, span) - take(outer.lse))
             d_dot, d_query, d_key = score_vjp(p * (_dot(v, g.T, acc) - take(outer.delta)))
             d_dot = d_dot.astype(q.dtype)
             d_keys = _stream(
@@ -411,7 +412,7 @@ def _bias_cotangent(plan: Plan, offset: Array, n: int, bias: Array, rows: Any) -
         start, shape = _bias_start(bias, index, 0, 0), (row_length, keys)
         z = plan.logits(_dot(q, s.keys.T, acc), i, j, tuple(f[:, None] for f in query_features), s.features)
         span = s.span and (s.span[0][:, None], s.span[1][:, None])
-        p = jnp.exp(plan.mask(z + _bias_tile(bias, index, 0, 0, shape), i, j, s.mask, span) - lse[:, None])
+        p = exp(plan.mask(z + _bias_tile(bias, index, 0, 0, shape), i, j, s.mask, span) - lse[:, None])
         dz = p * (_dot(g, s.values.T, acc) - delta[:, None])
         dz += _bias_tile(total, index, 0, 0, shape)
         return lax.dynamic_update_slice(total, dz[None, None], start), None

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from attn_jax.engine.exponential import exp
 from attn_jax.engine.prefix import FeatureMap, LinearState, linear_attention, linear_attention_weights
 from attn_jax.mechanisms.base import ProjectedAttention, check_tokens
 from attn_jax.registry import register
@@ -114,7 +115,7 @@ _FLOOR = 1e-6
 def _exponential(z: Array) -> tuple[Array, Array]:
     # The scale is a constant that cancels: the features carry the whole gradient.
     top = lax.stop_gradient(z.max(axis=0))
-    features = jnp.exp(z - top)
+    features = exp(z - top)
     # Where a query and all keys are large and far apart, their features underflow in each other's place: without
     # a floor the normaliser would be 0 or nearly so, and the gradients not finite.
     return top, features + _FLOOR * features.mean(axis=0)
