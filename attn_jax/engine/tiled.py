@@ -7,9 +7,10 @@ Everything below these two functions works on one *row*, a head of an example: q
                     carry (maximum, normaliser, sum)                carry (dk, dv), add to dq
 
 Skipped tiles cost nothing: the inner loops have bounds, no masks. Where there is a band, inner tiles start
-anywhere (at the edge of the band), so a window needs few of them. There is one `Plan` for each stream; they differ
-in their bands. Autodiff through the loops would keep every
-tile; the backward pass keeps `(out, lse)` and computes the tiles again.
+anywhere (at the edge of the band), so a window needs few of them. A tile that would reach beyond the end starts
+earlier, and what the one before it has read is masked. There is one `Plan` for each stream; they differ in their
+bands. Autodiff through the loops would keep every tile; the backward pass keeps `(out, lse)` and computes the
+tiles again.
 """
 
 import functools
@@ -139,6 +140,11 @@ class _Queries(NamedTuple):
     features: Features
 
 
+def _inner_size(size: int, length: int, anywhere: bool) -> int:
+    """Of the tiles of an inner loop: where they may start anywhere, their number does not follow from `length`."""
+    return min(size, length) if anywhere else _tile_size(size, length)
+
+
 def _tile_size(size: int, length: int) -> int:
     """At most `size`, and such that equal tiles cover `length` with little padding."""
     tiles = max(1, -(-length // size))
@@ -146,9 +152,9 @@ def _tile_size(size: int, length: int) -> int:
     return even if tiles == 1 else min(size, -(-even // 8) * 8)
 
 
-def _padded(length: int, tile: int, anywhere: bool) -> int:
-    """Length of the padded array: whole tiles, and one more where tiles may start anywhere."""
-    return max(1, -(-length // tile)) * tile + (tile if anywhere else 0)
+def _padded(length: int, tile: int) -> int:
+    """Length of the array that an outer loop reads, in whole tiles."""
+    return max(1, -(-length // tile)) * tile
 
 
 def _tiles(low: Array | int, high: Array | int, size: int) -> Array | int:
@@ -196,8 +202,22 @@ def _slice(x: Array, start: Array, size: int) -> Array:
     return lax.dynamic_slice_in_dim(x, start, size)
 
 
+def _within(start: Array, size: int, length: int, anywhere: bool) -> tuple[Array, Array | None]:
+    """Where a tile of an inner loop starts so that it ends within `length`, and which tokens are its own."""
+    if not anywhere and length % size == 0:
+        return start, None
+    moved = jnp.minimum(start, length - size)
+    return moved, moved + jnp.arange(size) >= start
+
+
+def _both(a: Array | None, b: Array | None) -> Array | None:
+    return b if a is None else a if b is None else a & b
+
+
 def _add(total: Array, tile: Array, start: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(total, _slice(total, start, tile.shape[0]) + tile, start, 0)
+    """Adds a tile that starts at `start` of the last axis."""
+    old = lax.dynamic_slice_in_dim(total, start, tile.shape[-1], -1)
+    return lax.dynamic_update_slice_in_dim(total, old + tile, start, -1)
 
 
 def _dot(a: Array, b: Array, acc: Any) -> Array:
@@ -216,7 +236,7 @@ def _forward_row(
     length = q.shape[0]
     acc = accumulation(q.dtype)
     size = _tile_size(plans[0].forward_tile[0], length)
-    padded = _padded(length, size, False)
+    padded = _padded(length, size)
     q = _pad(q, padded)
     query_features = tuple(_pad(f, padded, 1).astype(acc) for f in query_features)
 
@@ -235,28 +255,27 @@ def _forward_row(
 
 
 class _Inner(NamedTuple):
-    """A row's padded stream, `length` keys of which are its own, read in tiles of `tile`."""
+    """A row's stream, read in tiles of `tile`."""
 
     plan: Plan
-    length: int
     tile: int
     stream: Stream
     bias: Array | None
 
 
 def _inner(plan: Plan, stream: Stream, bias: Array | None, queries: int) -> _Inner:
-    length = stream.keys.shape[0]
-    tile = _tile_size(plan.forward_tile[1], length)
-    stream = _pad_keys(stream, _padded(length, tile, _banded(plan, stream)))
+    stream = _pad_keys(stream, max(1, stream.keys.shape[0]))
     stream = stream._replace(span=_pad_span(stream.span, queries))
-    return _Inner(plan, length, tile, stream, _pad_bias(bias, queries, stream.keys.shape[0]))
+    length = stream.keys.shape[0]
+    tile = _inner_size(plan.forward_tile[1], length, _banded(plan, stream))
+    return _Inner(plan, tile, stream, _pad_bias(bias, queries, length))
 
 
 def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Array]:
     """What a tile of queries reads from a stream: (maximum, normaliser, sum), `(tile, 1)` and `(tile, V)`."""
     acc = accumulation(queries.q.dtype)
-    number, width = queries.q.shape[0], inner.stream.values.shape[1]
-    plan, length, size, stream, bias = inner
+    plan, size, stream, bias = inner
+    number, (length, width) = queries.q.shape[0], stream.values.shape
     low, high = plan.keys_of(queries.position[0, 0], queries.position[-1, 0], length, row.reach, size)
     span = _slice_span(stream.span, queries.start, number)
     if span is not None:
@@ -265,7 +284,7 @@ def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Ar
 
     def step(t: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, l, o = carry
-        j0 = low + t * size
+        j0, own = _within(low + t * size, size, length, _banded(plan, stream))
         j = j0 + jnp.arange(size)
         features = tuple(_slice(f, j0, size).astype(acc) for f in stream.features)
         dot = _dot(queries.q, _slice(stream.keys, j0, size).T, acc)
@@ -273,7 +292,7 @@ def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Ar
         if bias is not None:
             z += _bias_tile(bias, row, queries.start, j0, z.shape)
         valid = None if stream.mask is None else _slice(stream.mask, j0, size)
-        z = plan.mask(z, queries.position, j, valid, span)
+        z = plan.mask(z, queries.position, j, _both(own, valid), span)
         top = jnp.maximum(m, z.max(axis=1, keepdims=True))
         p = exp(z - top)
         shrink = jnp.exp(m - top)
@@ -285,7 +304,7 @@ def _read(row: _Row, queries: _Queries, inner: _Inner) -> tuple[Array, Array, Ar
 
 
 class _RowGradients(NamedTuple):
-    """What the backward pass of a row adds to, tile by tile."""
+    """What the backward pass of a row adds to, tile by tile; `q` is (width, queries)."""
 
     q: Array
     features: Features
@@ -303,31 +322,29 @@ def _backward_row(
     delta: Array,
     g: Array,
 ) -> tuple[Array, Features, list[Stream]]:
-    length = q.shape[0]
+    length = max(1, q.shape[0])
     acc = accumulation(q.dtype)
-    size = _tile_size(plans[0].backward_tile[0], length)
-    padded = _padded(length, size, any(map(_banded, plans, streams)))
     queries = _Queries(
         jnp.int32(0),
-        offset + jnp.arange(padded),
-        _pad(q, padded),
-        tuple(_pad(f, padded, 1).astype(acc) for f in query_features),
+        offset + jnp.arange(length),
+        _pad(q, length),
+        tuple(_pad(f, length, 1).astype(acc) for f in query_features),
     )
-    lse = _pad(lse, padded, -NEG_INF)  # queries of the padding read nothing
-    outer = _Outer(length, size, queries, lse, _pad(delta, padded), _pad(g, padded))
-    d_row = _RowGradients(jnp.zeros(queries.q.shape, acc), tuple(jnp.zeros(padded, acc) for _ in query_features))
+    lse = _pad(lse, length, -NEG_INF)  # queries of the padding read nothing
+    outer = _Outer(queries, lse, _pad(delta, length), _pad(g, length))
+    d_row = _RowGradients(
+        jnp.zeros(queries.q.shape[::-1], acc), tuple(jnp.zeros(length, acc) for _ in query_features)
+    )
     d_streams = []
     for plan, stream, bias in zip(plans, streams, biases):
         d_row, d_stream = _differentiate_stream(plan, offset, row, outer, stream, bias, d_row)
         d_streams.append(d_stream)
-    return d_row.q[:length], tuple(d[:length] for d in d_row.features), d_streams
+    return d_row.q.T[: q.shape[0]], tuple(d[: q.shape[0]] for d in d_row.features), d_streams
 
 
 class _Outer(NamedTuple):
-    """A row's padded queries with what its outputs left behind."""
+    """A row's queries with what its outputs left behind."""
 
-    length: int
-    tile: int
     queries: _Queries
     lse: Array
     delta: Array
@@ -338,19 +355,21 @@ def _differentiate_stream(
     plan: Plan, offset: Array, row: _Row, outer: _Outer, stream: Stream, bias: Array | None, d_row: _RowGradients
 ) -> tuple[_RowGradients, Stream]:
     """Tiles of logits are (keys, queries) here, which spares the transposed products."""
-    keys = stream.keys.shape[0]
+    keys, length = stream.keys.shape[0], outer.lse.shape[0]
     acc = accumulation(stream.keys.dtype)
+    anywhere = _banded(plan, stream)
+    tile = _inner_size(plan.backward_tile[0], length, anywhere)
     size = _tile_size(plan.backward_tile[1], keys)
-    stream = _pad_keys(stream, _padded(keys, size, False))
-    row_span = _pad_span(stream.span, outer.lse.shape[0])
-    bias = _pad_bias(bias, outer.lse.shape[0], stream.keys.shape[0])
+    stream = _pad_keys(stream, _padded(keys, size))
+    row_span = _pad_span(stream.span, length)
+    bias = _pad_bias(bias, length, stream.keys.shape[0])
 
     def key_tile(d_row: _RowGradients, j0: Array) -> tuple[_RowGradients, Stream]:
         k, v = _slice(stream.keys, j0, size), _slice(stream.values, j0, size)
         valid = None if stream.mask is None else _slice(stream.mask, j0, size)[:, None]
         key_features = tuple(_slice(f, j0, size)[:, None].astype(acc) for f in stream.features)
         j = j0 + jnp.arange(size)[:, None]
-        low, high = plan.queries_of(j0 - offset, j0 + size - 1 - offset, outer.length, row.reach, outer.tile)
+        low, high = plan.queries_of(j0 - offset, j0 + size - 1 - offset, length, row.reach, tile)
         if row_span is not None:
             reads = (row_span[0] < j0 + size) & (j0 < row_span[1])
             i = jnp.arange(reads.shape[0])
@@ -359,8 +378,8 @@ def _differentiate_stream(
 
         def query_tile(t: Array, carry: tuple[Stream, _RowGradients]) -> tuple[Stream, _RowGradients]:
             d_keys, d_row = carry
-            i0 = low + t * outer.tile
-            take = functools.partial(_slice, start=i0, size=outer.tile)
+            i0, own = _within(low + t * tile, tile, length, anywhere)
+            take = functools.partial(_slice, start=i0, size=tile)
             i, q, g = take(outer.queries.position), take(outer.queries.q), take(outer.g)
             query_features = tuple(map(take, outer.queries.features))
 
@@ -369,9 +388,9 @@ def _differentiate_stream(
 
             z, score_vjp = jax.vjp(score, _dot(k, q.T, acc), query_features, key_features)
             if bias is not None:
-                z += _bias_tile(bias, row, i0, j0, (outer.tile, size)).T
-            span = _slice_span(row_span, i0, outer.tile)
-            p = exp(plan.mask(z, i, j, valid, span) - take(outer.lse))
+                z += _bias_tile(bias, row, i0, j0, (tile, size)).T
+            span = _slice_span(row_span, i0, tile)
+            p = exp(plan.mask(z, i, j, _both(own, valid), span) - take(outer.lse))
             d_dot, d_query, d_key = score_vjp(p * (_dot(v, g.T, acc) - take(outer.delta)))
             d_dot = d_dot.astype(q.dtype)
             d_keys = _stream(
@@ -381,7 +400,7 @@ def _differentiate_stream(
                 tuple(total + d[:, 0] for total, d in zip(d_keys.features, d_key)),
             )
             d_row = _RowGradients(
-                _add(d_row.q, _dot(d_dot.T, k, acc), i0),
+                _add(d_row.q, _dot(k.T, d_dot, acc), i0),
                 tuple(_add(total, d, i0) for total, d in zip(d_row.features, d_query)),
             )
             return d_keys, d_row
@@ -392,7 +411,7 @@ def _differentiate_stream(
             None,
             tuple(jnp.zeros(size, acc) for _ in key_features),
         )
-        d_keys, d_row = lax.fori_loop(0, _tiles(low, high, outer.tile), query_tile, (zeros, d_row))
+        d_keys, d_row = lax.fori_loop(0, _tiles(low, high, tile), query_tile, (zeros, d_row))
         return d_row, d_keys
 
     d_row, d_stream = lax.scan(key_tile, d_row, jnp.arange(0, stream.keys.shape[0], size))
