@@ -122,7 +122,8 @@ def performer_torch(length: int, args: Namespace) -> Case:
 
     (projection,) = _normal(1, (FEATURES, args.dim // args.heads))
     features = functools.partial(peer.softmax_kernel, projection_matrix=torch.from_numpy(projection), eps=0.0)
-    mix = peer.causal_linear_attention_noncuda if args.causal else peer.linear_attention
+    causal_mix = functools.partial(peer.causal_linear_attention_noncuda, eps=0.0)
+    mix = causal_mix if args.causal else peer.linear_attention
 
     def ours(q: Any, k: Any, v: Any) -> Any:
         return ops.favor_attention(q, k, v, jnp.asarray(projection), causal=args.causal)
@@ -132,7 +133,7 @@ def performer_torch(length: int, args: Namespace) -> Case:
 
     leak = "; the causal peer leaks the future through the stabiliser of its keys" if args.causal else ""
     return Case(
-        _heads(length, args), ours, theirs, note=f"{FEATURES} features, without the 1e-4 that the peer adds{leak}"
+        _heads(length, args), ours, theirs, note=f"{FEATURES} features, without the constants the peer adds{leak}"
     )
 
 

@@ -315,9 +315,10 @@ def _forward_row(
 ) -> tuple[Array, Array, Any, LinearState]:
     """Out `(tiles, tile, V)`, normalisers, states before the tiles (if causal and to be kept), last state."""
 
-    def read(state: LinearState, q: Array) -> tuple[Array, Array]:
-        numerator, normaliser = _read(state, plan.feature(q.astype(state.key_sum.dtype), parameters)[1])
-        return _divide(numerator, normaliser).T, normaliser
+    def read(_: None, q: Array) -> tuple[None, tuple[Array, Array]]:
+        features = plan.feature(q.astype(dtype), parameters)[1]
+        numerator, normaliser = value_key @ features, final.key_sum @ features
+        return None, (_divide(numerator, normaliser).T, normaliser)
 
     def absorb(state: LinearState, keys: tuple[Array, ...]) -> tuple[LinearState, None]:
         log_scale, features, v, _ = _key_features(plan, parameters, *keys)
@@ -334,11 +335,13 @@ def _forward_row(
         out = _divide(inside.past * numerator + v.T @ weights, normaliser).T
         return _absorb(state, log_scale, fk, v), (out, normaliser, state if keep else None)
 
+    dtype = state.key_sum.dtype
     if plan.causal:
         final, (out, normaliser, before) = lax.scan(both, state, (q, k, v, valid))
         return out, normaliser, before, final
     final, _ = lax.scan(absorb, state, (k, v, valid))
-    _, (out, normaliser) = lax.scan(lambda _, q: (None, read(final, q)), None, q)
+    value_key = final.key_value.T  # once: a left-transposed product in the loop is slower
+    _, (out, normaliser) = lax.scan(read, None, q)
     return out, normaliser, None, final
 
 
@@ -382,7 +385,7 @@ def _backward_row(
         log_scale, fk, v, pull = _key_features(plan, parameters, *keys)
         scale = jnp.exp(log_scale - final.log_scale)
         dfk = scale * (d_key_value @ v.T + d_key_sum[:, None])
-        dv = (scale * (d_key_value.T @ fk)).T
+        dv = (scale * (d_value_key @ fk)).T
         dk, more = _pull(pull, jnp.sum(fk * dfk, axis=0), dfk)
         return _add(d_parameters, more), (dk, dv)
 
@@ -415,6 +418,7 @@ def _backward_row(
         d_key_value, d_key_sum, d_parameters = carry
     else:
         (d_key_value, d_key_sum, d_parameters), dq = lax.scan(query_tile, carry, queries)
+        d_value_key = d_key_value.T
         d_parameters, (dk, dv) = lax.scan(key_tile, d_parameters, keys)
         old = jnp.exp(start.log_scale - final.log_scale)
         d_key_value, d_key_sum = old * d_key_value, old * d_key_sum

@@ -20,6 +20,7 @@ library reimplements calls `elu(x W) + 1` and `relu(x W)` FAVOR+; these approxim
 `"seed_elu"` and `"seed_relu"`.
 """
 
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -125,9 +126,23 @@ def _quarter(x: Array) -> Array:
     return x * x.shape[-1] ** -0.25
 
 
+# To the last bit of float32 also where products are rounded by default: the result is exponentiated.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
 def _dots(w: Array, y: Array) -> Array:
-    """`W y`, to the last bit of float32 also where products are rounded by default: it is exponentiated."""
-    return jnp.matmul(w, y.T, precision=lax.Precision.HIGHEST)
+    """`W y` for a tile of `y`, `(F, tile)`."""
+    return _matmul(w, y.T)
+
+
+def _dots_backward(operands: tuple[Array, Array], dz: Array) -> tuple[Array, Array]:
+    w, y = operands
+    # The barrier keeps XLA from computing `dz^T W` instead, at half the speed on a CPU.
+    return _matmul(dz, y), lax.optimization_barrier(_matmul(w.T, dz)).T
+
+
+_dots.defvjp(lambda w, y: (_dots(w, y), (w, y)), _dots_backward)
 
 
 def _softmax(x: Array, w: Array) -> tuple[Array, Array]:
