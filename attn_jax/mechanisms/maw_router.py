@@ -86,10 +86,13 @@ class DepthRouter(nnx.Module):
     ):
         width = num_heads * LANDMARKS**2
         init = nnx.initializers.kaiming_normal()
+        # A tenth of Kaiming's scale: a policy that is sure from the start never tries the better depths.
+        last = nnx.initializers.variance_scaling(0.02, "fan_in", "truncated_normal")
         linear = functools.partial(nnx.Linear, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
-        self.state_in, self.state_hidden, self.state_out = linear(width, 128), linear(128, 64), linear(64, depth)
+        self.state_in, self.state_hidden = linear(width, 128), linear(128, 64)
+        self.state_out = linear(64, depth, kernel_init=last)
         # No last bias: it would move the logits of all depths alike, which changes nothing.
-        self.depth_in, self.depth_out = linear(width, 64), linear(64, 1, use_bias=False)
+        self.depth_in, self.depth_out = linear(width, 64), linear(64, 1, use_bias=False, kernel_init=last)
         self.dropout = nnx.Dropout(dropout, deterministic=True, rngs=rngs)
         self.noise = rngs.dropout.fork()
         self.temperature = temperature
