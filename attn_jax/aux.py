@@ -17,7 +17,7 @@ class AuxMetric(nnx.Variable):
     """A float array that is reported and never differentiated."""
 
 
-def record(module: nnx.Module, kind: type[AuxLoss] | type[AuxMetric], name: str, value: Array) -> None:
+def record(module: nnx.Module, kind: type[nnx.Variable], name: str, value: Array) -> None:
     """Keep `value` on `module` until `pop_aux`; the last call's value wins.
 
     A module that a JAX transformation closes over cannot be changed from inside, so there nothing is kept:

@@ -1,7 +1,7 @@
 """Retrieval reranking: the order of the documents that BM25 finds for a query.
 
     python -m train --config configs/retrieval_rerank.py                # standard attention, on a CPU
-    python -m train --config configs/retrieval_rerank.py:maw
+    python -m train --config configs/retrieval_rerank.py:maw --config.task.router.method=grpo
     python -m train --config configs/retrieval_rerank.py:mamba,smoke    # a minute, to see that it runs
 
 A cross-encoder reads `[CLS] query [SEP] document [SEP]` and gives a score; it learns from a relevant document
@@ -27,6 +27,15 @@ DEFAULT = {
         "buckets": (64, 96),
         "num_candidates": 100,  # of BM25, to be reordered
         "train_candidates": 8,  # one of them relevant
+        # How the routers of `maw` are taught: "straight_through" (by the loss itself), or from the "likelihood" or
+        # "ndcg" that a depth brings: "supervised", "rule", "grpo", "actor_critic", "exact" (tasks/routing.py).
+        "router": {
+            "method": "straight_through",
+            "reward": "likelihood",
+            "group": 8,
+            "temperature": 0.1,
+            "weight": 1.0,
+        },
         "num_val": 100,  # queries; 0: all
         "num_test": 0,
     },

@@ -56,6 +56,14 @@ Projections = Literal["lowrank", "full", "tied"]
 Selection = Literal["hard", "soft"]
 
 
+class AssignedDepth(nnx.Variable):
+    """The depth int `(B,)` that a module takes instead of its router's; see `maw_exploration`."""
+
+
+class Revealed(nnx.Variable):
+    """What a router says in a call, for an objective of its own; see `maw_exploration`."""
+
+
 class DepthProjection(nnx.Module):
     """The projections of all depths, of the queries or of the keys.
 
@@ -134,6 +142,8 @@ class MultiAttentionWeight(Attention):
       selection: "hard" (one depth per example, straight-through) or "soft" (the mean of all depths' attentions,
         weighted by the router's probabilities: `depth` attentions).
       temperature: of the softmax behind the route.
+      straight_through: pass the gradient of the model's loss on to the router; where False only an objective of
+        its own teaches it.
       entropy_weight: weight of minus the policy's entropy as an auxiliary loss, against an early collapse.
       router_dropout: rate, in training mode.
       implementation: of the attention, see `attn_jax.types.Implementation`; None to choose.
@@ -158,6 +168,7 @@ class MultiAttentionWeight(Attention):
         alpha: float = 1.0,
         selection: Selection = "hard",
         temperature: float = 1.0,
+        straight_through: bool = True,
         entropy_weight: float = 0.0,
         router_dropout: float = 0.1,
         implementation: str | None = None,
@@ -172,7 +183,12 @@ class MultiAttentionWeight(Attention):
                 raise ValueError(f"maw: `{name}` must be a positive integer, got {value!r}")
         if temperature <= 0:
             raise ValueError(f"maw: `temperature` must be positive, got {temperature!r}")
+        if not straight_through and (selection == "soft" or entropy_weight):
+            raise ValueError("maw: straight_through=False leaves nothing to selection='soft' and `entropy_weight`")
         self.depth, self.selection, self.entropy_weight = depth, selection, entropy_weight
+        self.straight_through = straight_through
+        self.assigned: AssignedDepth | None = nnx.data(None)
+        self.reveals = False
         self.implementation = self.checked(implementation)
 
         options: dict[str, Any] = {"projections": projections, "rank": rank, "alpha": alpha}
@@ -207,6 +223,11 @@ class MultiAttentionWeight(Attention):
         """
         x, _, _ = self.prepare(x, mask, context, context_mask)
         v = self.split_heads(self.value(x))
+        if self.reveals:
+            for name, value in self._route(x, mask, alone=True)._asdict().items():
+                record(self, Revealed, name, value)
+        if depth is None and self.assigned is not None:
+            depth = self.assigned[...]
         if depth is not None:
             o = self._attend(x, self._forced(depth, x.shape[0]), v, mask)
         else:
@@ -250,17 +271,21 @@ class MultiAttentionWeight(Attention):
             weights = dense_weights(q, [Stream(k, k, mask)], scale=self.head_dim**-0.5)
         return weights if mask is None else jnp.where(mask[:, None, :, None], weights, 0)
 
-    def _route(self, x: Array, mask: Array | None) -> Route:
+    def _route(self, x: Array, mask: Array | None, alone: bool = False) -> Route:
+        """What the router says; `alone`, its gradient ends at its own parameters."""
         # At least float32 whatever the compute type: half precision must not change which depth is taken.
         tokens = landmarks(x, mask)
         q, k = (p.every(tokens) for p in (self.query, self.key))
+        if alone:
+            q, k = lax.stop_gradient((q, k))
         heads = (*q.shape[:3], self.num_heads, self.head_dim)
         return self.router(q.reshape(heads), k.reshape(heads))
 
     def _choose(self, logits: Array) -> Array:
         """The weight of each depth `(B, depth)`."""
         if self.selection == "hard":
-            return self.router.choose(logits)
+            chosen = self.router.choose(logits)
+            return chosen if self.straight_through else lax.stop_gradient(chosen)
         return nnx.softmax(logits / self.router.temperature)
 
     def _forced(self, depth: Array, batch: int) -> Array:

@@ -15,11 +15,20 @@ class Reranker(nnx.Module):
 
     Args:
       vocab_size, dim, num_heads, num_layers, rngs: of the `TransformerClassifier`.
+      critic_dim: width of what a critic reads to predict a reward, None for no critic.
       **transformer: its further arguments, such as `mechanism` and `options`.
     """
 
     def __init__(
-        self, *, vocab_size: int, dim: int, num_heads: int, num_layers: int, rngs: nnx.Rngs, **transformer: Any
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        num_heads: int,
+        num_layers: int,
+        critic_dim: int | None = None,
+        rngs: nnx.Rngs,
+        **transformer: Any,
     ):
         self.encoder = TransformerClassifier(
             vocab_size=vocab_size,
@@ -31,6 +40,7 @@ class Reranker(nnx.Module):
             rngs=rngs,
             **transformer,
         )
+        self.critic = None if critic_dim is None else nnx.Linear(critic_dim, 1, rngs=rngs)
 
     def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
         """Scores `(B, C)`, float32, of `tokens` int `(B, C, L)` with mask bool `(B, C, L)`."""

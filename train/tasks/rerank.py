@@ -10,10 +10,14 @@ import numpy as np
 from flax import nnx
 
 from attn_jax import metrics
+from attn_jax.mechanisms import maw_exploration as exploration
+from attn_jax.mechanisms.maw_router import LANDMARKS
 from attn_jax.models.reranker import Reranker
+from attn_jax.types import NEG_INF
 from train.data import batches, beir, bpe, corpora
 from train.data.pairs import Lengths, RankedLists
 from train.data.retrieval import Collection, bm25, share
+from train.tasks import routing
 from train.tasks.task import Batch, Metrics, Task
 
 CORPORA = {"docstrings": corpora.docstrings, "news": corpora.news}
@@ -27,6 +31,7 @@ class Rerank(Task):
 
     def prepare(self) -> None:
         task = self.config.task
+        routing.check(self.config.mechanism.name, task.router.method, task.router.reward)
         lengths = Lengths(task.max_query_length, task.max_length, tuple(task.buckets))
         collections = dict(self.load())
         for split in ("val", "test"):
@@ -64,7 +69,17 @@ class Rerank(Task):
         return batches.num_batches(len(self.lists["train"].examples), self.config.batch_size)
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
-        return Reranker(vocab_size=self.vocab_size, rngs=rngs, **self.mechanism_arguments(), **self.config.model)
+        arguments = self.mechanism_arguments() | dict(self.config.model)
+        if self.method != "straight_through":
+            arguments["options"] |= {"straight_through": False}
+        if self.method == "actor_critic":
+            arguments["critic_dim"] = self.config.model.num_heads * LANDMARKS**2
+        return Reranker(vocab_size=self.vocab_size, rngs=rngs, **arguments)
+
+    @property
+    def method(self) -> routing.Method:
+        """How the routers of `maw` are taught."""
+        return self.config.task.router.method
 
     def train_iterator(self, seed: int) -> grain.DatasetIterator:
         return batches.plan_iterator(self.lists["train"], batch_size=self.config.batch_size, seed=seed)
@@ -77,7 +92,36 @@ class Rerank(Task):
         losses = listwise_loss(scores, batch["grades"] > 0, batch["candidate_mask"])
         first = (scores.argmax(axis=1) == 0).astype(jnp.float32)
         count = weight.sum()
-        return (losses * weight).sum() / count, {"first": (first * weight).sum() / count}
+        loss, found = (losses * weight).sum() / count, {"first": (first * weight).sum() / count}
+        if self.method == "straight_through":
+            return loss, found
+        more, said = self._router_loss(model, batch)
+        return loss + self.config.task.router.weight * more, found | said
+
+    def _router_loss(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        assert isinstance(model, Reranker)
+        router = self.config.task.router
+        critic = model.critic
+
+        def likelihood(scores: jax.Array, grades: jax.Array, mask: jax.Array) -> jax.Array:
+            return -listwise_loss(scores, grades > 0, mask)
+
+        def ndcg(scores: jax.Array, grades: jax.Array, mask: jax.Array) -> jax.Array:
+            # A list of training holds all its query's relevant documents that count.
+            return metrics.ranking(scores, grades, -jnp.sort(-grades, axis=1), mask)["ndcg@10"]
+
+        return routing.router_loss(
+            model,
+            lambda model: model(batch["tokens"], mask=batch["mask"]),
+            batch["grades"],
+            batch["candidate_mask"],
+            {"likelihood": likelihood, "ndcg": ndcg}[router.reward],
+            key=exploration.layers(model)[0].router.noise(),
+            method=self.method,
+            group=router.group,
+            temperature=router.temperature,
+            critic=None if critic is None else lambda state: critic(state)[:, 0],
+        )
 
     def metrics(self, model: nnx.Module, batch: Batch) -> Metrics:
         scores, weight = model(batch["tokens"], mask=batch["mask"]), batch["example_mask"].astype(jnp.float32)
@@ -116,9 +160,8 @@ def listwise_loss(scores: jax.Array, relevant: jax.Array, mask: jax.Array) -> ja
       relevant: bool `(B, C)`.
       mask: bool `(B, C)`, True = a candidate.
     """
-    lowest = jnp.finfo(scores.dtype).min / 4
-    every = jax.nn.logsumexp(jnp.where(mask, scores, lowest), axis=1)
-    return every - jax.nn.logsumexp(jnp.where(mask & relevant, scores, lowest), axis=1)
+    every = jax.nn.logsumexp(jnp.where(mask, scores, NEG_INF), axis=1)
+    return every - jax.nn.logsumexp(jnp.where(mask & relevant, scores, NEG_INF), axis=1)
 
 
 def _sample(collection: Collection, number: int) -> Collection:

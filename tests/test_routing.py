@@ -1,0 +1,139 @@
+"""Routers that learn from what their choice does to a ranking."""
+
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attn_jax.mechanisms import maw_exploration as exploration
+from attn_jax.models import Reranker
+from train.tasks import rerank, routing
+
+QUERIES, CANDIDATES, LENGTH, DEPTH = 2, 3, 5, 4
+TAUGHT = [method for method in get_args(routing.Method) if method != "straight_through"]
+
+
+def likelihood(scores, grades, mask):
+    return -rerank.listwise_loss(scores, grades > 0, mask)
+
+
+def batch():
+    random = np.random.default_rng(0)
+    tokens = random.integers(3, 20, (QUERIES, CANDIDATES, LENGTH))
+    grades = np.eye(1, CANDIDATES, dtype=np.int32).repeat(QUERIES, 0)
+    mask = np.arange(CANDIDATES) < np.array([[3], [2]])
+    return tokens, grades, mask
+
+
+def reranker(num_layers=1, critic=False, **options):
+    return Reranker(
+        vocab_size=20, dim=8, num_heads=2, num_layers=num_layers, mechanism="maw",
+        options={"depth": DEPTH, "straight_through": False, "router_dropout": 0.0, "alpha": 3.0} | options,
+        critic_dim=128 if critic else None, rngs=nnx.Rngs(0),
+    )  # fmt: skip
+
+
+def call(tokens):
+    return lambda model: model(jnp.asarray(tokens))
+
+
+@nnx.jit(static_argnums=2)
+def explored(model, depths, layer):
+    """The route and the scores of the policy, and the scores of `depths`."""
+    tokens, _, _ = batch()
+    return *exploration.policy(model, call(tokens), layer), exploration.explore(model, call(tokens), layer, depths)
+
+
+def test_the_loss_is_that_of_the_relevant_candidates_together():
+    scores, relevant = np.array([[1.0, 2.0, 0.5, 9.0]]), np.array([[True, False, True, True]])
+    mask = np.array([[True, True, True, False]])
+    p = np.exp(scores[0, :3]) / np.exp(scores[0, :3]).sum()
+    found = rerank.listwise_loss(jnp.asarray(scores), relevant, mask)
+    np.testing.assert_allclose(found, [-np.log(p[0] + p[2])], rtol=1e-6)
+
+
+@pytest.mark.parametrize("judge", [likelihood])
+def test_a_counterfactual_changes_one_score_of_one_list(judge):
+    random = np.random.default_rng(0)
+    scores, tried = random.normal(size=(QUERIES, CANDIDATES)), random.normal(size=(2, QUERIES, CANDIDATES))
+    _, grades, mask = batch()
+    found = np.asarray(routing.counterfactual(judge, *map(jnp.asarray, (scores, tried, grades, mask))))
+    before = np.asarray(judge(scores, grades, mask))
+    for b, c, g in np.ndindex(QUERIES, CANDIDATES, 2):
+        changed = scores.copy()
+        changed[b, c] = tried[g, b, c]
+        after = np.asarray(judge(jnp.asarray(changed), grades, mask))
+        np.testing.assert_allclose(found[b, c, g], (after - before)[b], atol=1e-5)  # float32 logarithms around 1
+    assert not found[~mask].any()  # a candidate that is none changes nothing
+
+
+@functools.cache
+def gradients(method):
+    model = reranker(critic=method == "actor_critic")
+    tokens, grades, mask = batch()
+
+    @nnx.jit
+    def gradient(model):
+        def loss(model):
+            critic = None if model.critic is None else lambda state: model.critic(state)[:, 0]
+            made, _ = routing.router_loss(
+                model,
+                call(tokens),
+                grades,
+                mask,
+                likelihood,
+                key=jax.random.key(1),
+                method=method,
+                group=4,
+                critic=critic,
+            )
+            return made
+
+        return nnx.grad(loss)(model)
+
+    return dict(nnx.to_flat_state(gradient(model)))
+
+
+@pytest.mark.parametrize("method", TAUGHT)
+def test_a_router_loss_teaches_the_router_alone(method):
+    found = {path: np.abs(np.asarray(value[...])).max() for path, value in gradients(method).items()}
+    assert all(np.isfinite(size) for size in found.values())
+    for path, size in found.items():
+        of_router = "router" in path or "critic" in path
+        # The source's ranking term reaches the scores, from which it is detached here: see `router_loss`.
+        assert of_router or size == 0, path
+    assert max(size for path, size in found.items() if "state_out" in path) > 0
+
+
+def test_equal_depths_have_no_reward_and_no_gradient():
+    _, grades, mask = batch()
+    depths = jnp.broadcast_to(jnp.arange(DEPTH), (QUERIES * CANDIDATES, DEPTH))
+    _, scores, tried = explored(reranker(projections="tied"), depths, 0)
+    assert (tried == tried[:1]).all()
+    rewards = routing.counterfactual(likelihood, scores, tried, jnp.asarray(grades), jnp.asarray(mask))
+    np.testing.assert_allclose(rewards, 0, atol=1e-6)  # two programs round differently
+
+
+def test_exploring_a_layer_leaves_the_model_and_the_other_layers_alone():
+    model = reranker(num_layers=2)
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    every = jnp.broadcast_to(jnp.arange(2), (QUERIES * CANDIDATES, 2))
+    greedy = explored(model, every, 1)[0].logits.argmax(1)
+    _, scores, (same, other) = explored(model, jnp.stack([greedy, (greedy + 1) % DEPTH], axis=1), 1)
+    np.testing.assert_allclose(same, scores, atol=1e-5)  # the depth that is taken anyway; another program
+    assert np.abs(other - scores).min() > 1e-4
+    assert [layer.assigned for layer in exploration.layers(model)] == [None, None]
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def test_settings_that_do_not_fit_are_said():
+    with pytest.raises(ValueError, match=r"task.router.method must be one of .*grpo.*, got 'ppo'"):
+        routing.check("maw", "ppo", "ndcg")
+    with pytest.raises(ValueError, match="`grpo` teaches the routers of `maw`, and standard has none"):
+        routing.check("standard", "grpo", "ndcg")
+    with pytest.raises(ValueError, match="straight_through=False leaves nothing"):
+        reranker(selection="soft")
