@@ -123,8 +123,9 @@ class Measured(NamedTuple):
 
     def test(self, metric: str) -> str:
         """Mean and deviation over seeds."""
-        mean, deviation = mean_and_deviation(np.array([r["test"][metric] for r in self.results]))
-        return f"{mean:.4f} ± {deviation:.4f}" if metric == "mse" else f"{mean:.3f} ± {deviation:.3f}"
+        digits = 4 if metric == "mse" else 3
+        found = mean_and_deviation(np.array([r["test"][metric] for r in self.results]))
+        return " ± ".join(f"{x:.{digits}f}" for x in found if not np.isnan(x))
 
 
 def read(out: Path, group: str, form: str, seeds: Sequence[int]) -> Measured | None:
@@ -244,9 +245,11 @@ def _rows(runs: Runs, comparisons: Comparisons, times: Times) -> Iterator[dict[s
 def _claims(comparisons: Comparisons, times: Times) -> Iterator[dict[str, str]]:
     for group, size in GROUPS.items():
         found = {form: comparisons[group, form] for form in DUAL if (group, form) in comparisons}
-        yield {"claim": f"{group}: MSE {size.claim:+.1%}"} | {
-            form: f"{verdict(c.mse, size.claim)}: {_percent(c.mse)}" for form, c in found.items()
-        }
+        yield (
+            {"claim": f"{group}: MSE {size.claim:+.1%}"}
+            | dict.fromkeys(DUAL, "")
+            | {form: f"{verdict(c.mse, size.claim)}: {_percent(c.mse)}" for form, c in found.items()}
+        )
     # The claim that the gain falls with capacity: the mean change at G1 to G3 less that at G4 and G5.
     low, high = ("G1", "G2", "G3"), ("G4", "G5")
     claimed = np.mean([GROUPS[g].claim for g in low]) - np.mean([GROUPS[g].claim for g in high])
