@@ -133,11 +133,6 @@ class _Pool:
         if self.stopped:
             return "stopped"
         core = self.free.get()
-
-        def own_core() -> None:
-            if core is not None:
-                os.sched_setaffinity(0, {core})
-
         log = self.out / f"{cell.name}.log"
         try:
             with log.open("ab") as file:
@@ -148,10 +143,11 @@ class _Pool:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    preexec_fn=own_core,
                     start_new_session=True,  # the interrupt key reaches this process, which passes it on
                 )
             self.running.add(process)
+            if core is not None:
+                os.sched_setaffinity(process.pid, {core})  # before it starts threads, which inherit this
             if self.stopped:  # meanwhile
                 process.terminate()
             code = process.wait()
