@@ -6,8 +6,8 @@
     python -m train --config configs/video_slots.py:dual_kv,smoke       # a minute, to see that it runs
     python -m train --config configs/video_slots.py:paper               # the source's sizes, on accelerators
 
-The default run takes 4 minutes on two cores; test MSE with seed 0: standard 0.0222, dual_kv 0.0203 (the mean training
-frame 0.0397, each frame's mean colour 0.0369).
+The default run takes 4 minutes on two cores; test MSE with seed 0: standard 0.0222, dual_kv 0.0203 (the mean
+training frame 0.0397, each frame's mean colour 0.0369).
 
 A frame passes through a few slots and is decoded from them. By default slots attend to tokens as in the source;
 Slot Attention that is carried from frame to frame and predicts the next ones (SAVi) is
