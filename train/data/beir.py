@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.data import DataError
-from train.data.retrieval import Collection, share
+from train.data import DataError, share
+from train.data.retrieval import Collection
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ named in a warning and left out.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from train.data import SPLITS, Clips, DataError
+from train.data import SPLITS, Clips, DataError, share
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ def collect(videos: Iterable[tuple[str, Read]], spec: ClipSpec, *, where: str) -
 
 def _assign(names: list[str], spec: ClipSpec) -> dict[str, list[str]]:
     """The names of each split, in the order given."""
-    place = {name: _hash(name, spec.seed) for name in names}
+    place = {name: share(name, spec.seed) for name in names}
     ranked = sorted(names, key=lambda name: (place[name], name))
     _, val, test = spec.fractions
     # By thresholds, so that a video's split does not depend on the others, but where a split would be empty.
@@ -115,11 +114,6 @@ def _assign(names: list[str], spec: ClipSpec) -> dict[str, list[str]]:
     split_of = dict.fromkeys(ranked, "train")
     split_of |= dict.fromkeys(ranked[:num_held_out], "val") | dict.fromkeys(ranked[:num_test], "test")
     return {split: [name for name in names if split_of[name] == split] for split in SPLITS}
-
-
-def _hash(name: str, seed: int) -> float:
-    """A number in [0, 1), uniform over names and seeds."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6]) / 2**48
 
 
 def _chosen(length: int, spec: ClipSpec) -> list[int]:

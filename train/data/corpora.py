@@ -12,8 +12,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.data import SPLITS, DataError
-from train.data.retrieval import Collection, share
+from train.data import SPLITS, DataError, share
+from train.data.retrieval import Collection
 
 _SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__")

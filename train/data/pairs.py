@@ -105,9 +105,8 @@ class RankedLists:
             needed = set(range(len(self.document_ids)))
         texts = list(collection.documents.values())
         self.needed = np.array(sorted(needed))
-        self.documents = dict(
-            zip(sorted(needed), _encode(tokenizer, [texts[i] for i in sorted(needed)], lengths.pair))
-        )
+        tokens = _encode(tokenizer, [texts[place] for place in self.needed], lengths.pair)
+        self.documents = dict(zip(self.needed.tolist(), tokens))
 
     def candidates(self, query: int, step: int) -> np.ndarray:
         """Places of the documents that `query` is shown with."""

@@ -65,11 +65,6 @@ class FirstStage(NamedTuple):
     scores: np.ndarray
 
 
-def share(name: str, seed: int = 0) -> float:
-    """A number in [0, 1) for a name, uniform over names: splits that do not move when others are added."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6]) / 2**48
-
-
 def bm25(collection: Collection, k: int, cache_dir: str | os.PathLike | None = None) -> FirstStage:
     """The best `k` documents of each query by BM25 (k1 = 0.9, b = 0.4, as Anserini's), computed once and cached.
 

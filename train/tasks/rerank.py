@@ -14,9 +14,9 @@ from attn_jax.mechanisms import maw_exploration as exploration
 from attn_jax.mechanisms.maw_router import LANDMARKS
 from attn_jax.models.reranker import Reranker
 from attn_jax.types import NEG_INF
-from train.data import batches, beir, bpe, corpora
+from train.data import batches, beir, bpe, corpora, share
 from train.data.pairs import Lengths, RankedLists
-from train.data.retrieval import Collection, bm25, share
+from train.data.retrieval import Collection, bm25
 from train.tasks import routing
 from train.tasks.task import Batch, Metrics, Task
 
