@@ -111,7 +111,7 @@ def test_every_cell_is_a_config_and_the_same_parameters_are_as_many():
     assert len({cell.name for cell in cells}) == len(cells) == 2 * (5 * 5 - 1)  # no grouped streams of one head
     parameters = {}
     for form in video.forms_of("G2"):
-        task = SlotVideo(video.config_of(video.cell("G2", form, 0)))
+        task = SlotVideo(video.cell("G2", form, 0).load())
         model = nnx.eval_shape(lambda task=task: task.model(nnx.Rngs(0)))
         parameters[form] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert parameters["feature"] == parameters["standard"]

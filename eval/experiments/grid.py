@@ -5,7 +5,7 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from eval.measure import cores
 from train import cli
+from train import config as configs
 from train.workdir import read_json
 
 ROOT = Path(__file__).parent.parent.parent
@@ -40,6 +41,10 @@ class Cell:
     def arguments(self) -> list[str]:
         """Of `python -m train`, without the work directory."""
         return ["--config", self.config, *(f"--config.{override}" for override in self.overrides)]
+
+    def load(self) -> configs.Config:
+        """The config that `python -m train` makes of them."""
+        return configs.load(self.config, [f"--config.{override}" for override in self.overrides])
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,15 @@ def result(out: Path, cell: Cell) -> dict[str, Any] | None:
     """What a finished cell found, None while it is not finished."""
     path = out / cell.name / "result.json"
     return read_json(path, "delete the folder to run it again") if path.exists() else None
+
+
+def conditions(results: Sequence[Mapping[str, Any]]) -> str:
+    """Baselines, cost and versions of finished runs of one task, in a line."""
+    first = results[0]
+    baselines = ", ".join(f"{name} {value:.4f}" for name, value in first["baselines"].items())
+    hours = sum(r["seconds_per_step"] * r["steps"] + r["compile_seconds"] for r in results) / 3600
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    return f"Baselines: {baselines}. All steps together: {hours:.1f} core hours. {versions}."
 
 
 def run_all(cells: Sequence[Cell], out: Path, processes: int, finished: Callable[[], Any]) -> list[str]:
