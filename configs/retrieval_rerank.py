@@ -21,6 +21,8 @@ DEFAULT = {
         "name": "rerank",
         "source": "docstrings",
         "train_dir": "",
+        "pretrained": "",  # work directory of a run, also of another mechanism: its best model is the start
+        "frozen": False,  # of it only mechanism and score head learn on
         "vocab_size": 4_096,
         "max_query_length": 24,
         "max_length": 96,
@@ -34,6 +36,8 @@ DEFAULT = {
             "reward": "likelihood",
             "group": 8,
             "temperature": 0.1,
+            "entropy_weight": 0.0,  # minus the attention's entropy, and its focus on relevant pairs, in the reward
+            "alignment_weight": 0.0,
             "weight": 1.0,
         },
         "num_val": 100,  # queries; 0: all
