@@ -29,6 +29,7 @@ DEFAULT = {
         "buckets": (64, 96),
         "num_candidates": 100,  # of BM25, to be reordered
         "train_candidates": 8,  # one of them relevant
+        "hard_candidates": 3,  # of BM25, at most; the rest are any
         # How the routers of `maw` are taught: "straight_through" (by the loss itself), or from the "likelihood" or
         # "ndcg" that a depth brings: "supervised", "rule", "grpo", "actor_critic", "exact" (tasks/routing.py).
         "router": {

@@ -109,7 +109,7 @@ def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
 def test_steps_are_timed_in_turn():
     config = toy.get_config()
     config.mesh.data = 1
-    seconds = step_time.step_times({"a": config, "b": config}, 3)
+    seconds = step_time.step_times({"a": config, "b": config}, 3, step_time.training_step)
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     assert step_time.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b").tolist() == [2, 3]
 

@@ -96,7 +96,7 @@ def best_arrays(workdir: Path) -> dict[str, Any]:
     Raises:
       UsageError: there is none.
     """
-    targets = dict.fromkeys(("params", "rest"), ocp.args.StandardRestore())
+    targets: dict[str, Any] = {name: ocp.args.StandardRestore() for name in ("params", "rest")}
     return _read_best(workdir, targets, lambda found: _merged(found.params, found.rest["variables"]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grain
 import jax
@@ -18,7 +18,7 @@ from attn_jax.mechanisms.maw_router import LANDMARKS
 from attn_jax.models.reranker import Reranker
 from attn_jax.types import NEG_INF
 from train.data import batches, beir, bpe, corpora, share
-from train.data.pairs import Lengths, RankedLists
+from train.data.pairs import NUM_TYPES, Lengths, RankedLists
 from train.data.retrieval import Collection, bm25
 from train.tasks import routing
 from train.tasks.freezing import freeze
@@ -58,6 +58,7 @@ class Rerank(Task):
                 tokenizer,
                 lengths,
                 task.train_candidates if split == "train" else None,
+                task.hard_candidates if split == "train" else None,
                 self.config.seed,
             )
             for split, collection in collections.items()
@@ -105,7 +106,7 @@ class Rerank(Task):
             arguments["options"] |= {"straight_through": False}
         if self.method == "actor_critic":
             arguments["critic_dim"] = self.config.model.num_heads * LANDMARKS**2
-        model = Reranker(vocab_size=self.vocab_size, rngs=rngs, **arguments)
+        model = Reranker(vocab_size=self.vocab_size, num_types=NUM_TYPES, rngs=rngs, **arguments)
         if self.config.task.frozen:
             freeze(model, _NEVER_FROZEN)
         return model
@@ -122,7 +123,7 @@ class Rerank(Task):
         return batches.plan_batches(self.lists[split], batch_size=self.config.eval_batch_size)
 
     def loss(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scores, weight = model(batch["tokens"], mask=batch["mask"]), batch["example_mask"].astype(jnp.float32)
+        scores, weight = score(model, batch), batch["example_mask"].astype(jnp.float32)
         losses = listwise_loss(scores, batch["grades"] > 0, batch["candidate_mask"])
         first = (scores.argmax(axis=1) == 0).astype(jnp.float32)
         count = weight.sum()
@@ -146,7 +147,7 @@ class Rerank(Task):
 
         return routing.router_loss(
             model,
-            lambda model: model(batch["tokens"], mask=batch["mask"]),
+            lambda model: score(model, batch),
             batch["grades"],
             batch["candidate_mask"],
             {"likelihood": likelihood, "ndcg": ndcg}[router.reward],
@@ -162,7 +163,7 @@ class Rerank(Task):
     def metrics(self, model: nnx.Module, batch: Batch) -> Metrics:
         weight = batch["example_mask"].astype(jnp.float32)
         with routing.watched(model) as seen:
-            scores = model(batch["tokens"], mask=batch["mask"])
+            scores = score(model, batch)
         found = (batch["grades"] > 0).any(axis=1)
         losses = listwise_loss(scores, batch["grades"] > 0, batch["candidate_mask"])
         made = {"loss": (jnp.where(found, losses, 0), weight)}
@@ -199,6 +200,11 @@ class Rerank(Task):
                 values.setdefault(name, []).append(np.asarray(found[self.primary])[real])
         assert sum(map(len, values["bm25"])) == len(lists.examples)
         return {name: float(np.concatenate(found).mean()) for name, found in values.items()}
+
+
+def score(model: Any, batch: Batch) -> jax.Array:
+    """The scores `(B, C)` that a `Reranker` gives to the pairs of a batch."""
+    return model(batch["tokens"], mask=batch["mask"], types=batch["types"])
 
 
 def listwise_loss(scores: jax.Array, relevant: jax.Array, mask: jax.Array) -> jax.Array:

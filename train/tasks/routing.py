@@ -22,8 +22,8 @@ reinforcement, and keeps its abilities; a router has none before, and starts alm
 `log depth` less the entropy, so the objective `E r - beta KL` is the same in every step, and its optimum,
 `softmax(r / beta)`, keeps trying depths as the model changes. The source renews its reference every five epochs:
 what is then kept near is an earlier mistake or an earlier success alike, after `k` renewals the optimum is
-`softmax(k r / beta)`, which collapses, and there is a second router to save. Runs here mostly last a few epochs, in
-which it would never be renewed: a frozen copy of the almost uniform first router.
+`softmax(k r / beta)`, which collapses, and there is a second router to save. Runs here mostly last a few epochs,
+in which it would never be renewed: a frozen copy of the almost uniform first router.
 """
 
 from collections.abc import Callable, Iterator
@@ -93,6 +93,10 @@ class _Watched(nnx.Module):
         record(self, Revealed, "mask", jnp.ones(x.shape[:2], bool) if mask is None else mask)
         return self.layer(x, mask=mask)
 
+    def seen(self) -> tuple[Array, Array]:
+        x, mask = (vars(self)[f"aux_{name}"][...] for name in ("x", "mask"))
+        return x, mask
+
 
 @contextmanager
 def watched(model: nnx.Module) -> Iterator[Callable[[], list[tuple[Array, Array]]]]:
@@ -109,7 +113,7 @@ def watched(model: nnx.Module) -> Iterator[Callable[[], list[tuple[Array, Array]
     for layer, watcher in zip(layers, watchers):
         setattr(*places[id(layer)], watcher)
     try:
-        yield lambda: [(watcher.aux_x[...], watcher.aux_mask[...]) for watcher in watchers]
+        yield lambda: [watcher.seen() for watcher in watchers]
     finally:
         for layer in layers:
             setattr(*places[id(layer)], layer)
