@@ -2,10 +2,10 @@
 
 The source ("Multi-Attention-Weight Transformers") reports what a supervised router and one taught by reinforcement
 gain over standard attention. Here: the same two, taught as its text says and its code does not
-(`train/tasks/routing.py`), beside two controls with the same module (`straight-through`: no objective of the
-router's own; `tied`: all depths alike, so that a route cannot change anything) and three other mechanisms. All
-have the same number of parameters within 2 %, and every setting several seeds. The size is one at which the grid
-takes about an hour of one CPU core; it was chosen by the runs of standard attention alone.
+(`train/tasks/routing.py`), beside the same module without an objective of the router's own
+(`straight-through`) and three other mechanisms. All have the same number of parameters within 2 %, and every
+setting several seeds. The size is one at which the grid takes about an hour of one CPU core; it was chosen by the
+runs of standard attention alone.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,30 +28,28 @@ from eval.measure import number, table
 from train.workdir import read_json
 
 CONFIG = "configs/retrieval_rerank.py"
-PARAMETERS = 260_000
+PARAMETERS = 470_000
 SETTINGS = (
-    "task.vocab_size=1024",
-    "task.max_length=64",
-    "task.buckets=(64,)",
+    "task.buckets=(96,)",
     "task.num_candidates=20",
-    "model.dim=64",
-    "model.num_layers=2",
+    "task.train_candidates=4",
+    "task.hard_candidates=3",
+    "model.dropout=0.1",
     f"parameter_budget={PARAMETERS}",
     "batch_size=8",
     "eval_batch_size=8",
-    "steps=500",
-    "eval_every=250",
+    "steps=400",
+    "eval_every=200",
     "log_every=50",
 )
 TIMING_ROUNDS = 20
-TRAINING, SCORING = "training", "scoring"  # groups of timed calls
+TRAINING, SAME_WIDTH, SCORING = "training", "same width", "scoring"  # groups of timed calls
 
 FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "standard": ("standard", ()),
     "maw supervised": ("maw", ("task.router.method=supervised",)),
     "maw grpo": ("maw", ("task.router.method=grpo", "task.router.entropy_weight=0.1")),
     "maw straight-through": ("maw", ()),
-    "maw tied": ("maw", ("mechanism.projections=tied",)),
     "gravitational": ("gravitational", ()),
     "performer": ("performer", ()),
     "mamba": ("mamba", ()),
@@ -66,10 +64,11 @@ CLAIMS = {
 }
 
 
-def cell(form: str, seed: int) -> Cell:
-    """One run of the grid."""
+def cell(form: str, seed: int, *more: str) -> Cell:
+    """One run of the grid; `more` settings make it another one."""
     mechanism, own = FORMS[form]
-    return Cell(f"{form.replace(' ', '-')}-s{seed}", f"{CONFIG}:{mechanism}", (*SETTINGS, *own, f"seed={seed}"))
+    settings = (*SETTINGS, *own, f"seed={seed}", *more)
+    return Cell(f"{form.replace(' ', '-')}-s{seed}", f"{CONFIG}:{mechanism}", settings)
 
 
 def cells(seeds: Sequence[int]) -> list[Cell]:
@@ -82,7 +81,9 @@ def measure(out: Path) -> None:
     from eval.experiments import step_time  # it takes seconds
 
     made = {form: cell(form, 0).load() for form in FORMS}
-    step_time.measure(out, {TRAINING: made}, TIMING_ROUNDS)
+    routed = "maw straight-through"  # what a depth costs, apart from what its router's objective does
+    wide = {form: cell(form, 0, "parameter_budget=0").load() for form in (BASELINE, routed)}
+    step_time.measure(out, {TRAINING: made, SAME_WIDTH: wide}, TIMING_ROUNDS)
     step_time.measure(out, {SCORING: made}, TIMING_ROUNDS, step_time.scoring_call)
 
 
@@ -161,7 +162,8 @@ def _conditions(seeds: Sequence[int]) -> str:
         + ". Mean ± standard deviation over seeds, at the best validation. Change: relative, against standard"
         " attention, with its 95 % bootstrap interval over seeds and queries, paired; with few seeds such"
         " intervals are too narrow. Step time: of training, against standard attention, steps taken in turn in one"
-        " process; queries and pairs per second: of scoring in evaluation mode, likewise."
+        " process, once at equal parameters and once with equal MLPs; queries and pairs per second: of scoring in"
+        " evaluation mode, likewise."
     )
 
 
@@ -187,9 +189,9 @@ def _cost(runs: Runs, out: Path) -> Iterator[dict[str, str]]:
 
     relative, seconds = step_time.relative(out, BASELINE), step_time.medians(out)
     for form, found in runs.items():
-        row = {"setting": form, "parameters": f"{found.results[0]['parameters']:,}", "step time": ""}
-        if (TRAINING, form) in relative:
-            row["step time"] = relative[TRAINING, form].times()
+        row = {"setting": form, "parameters": f"{found.results[0]['parameters']:,}"}
+        for group, title in ((TRAINING, "step time"), (SAME_WIDTH, "step time, MLPs alike")):
+            row[title] = relative[group, form].times() if (group, form) in relative else ""
         if (SCORING, form) in seconds:
             setting = cell(form, 0).load()
             queries = setting.eval_batch_size / seconds[SCORING, form]
