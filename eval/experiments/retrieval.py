@@ -30,11 +30,10 @@ from train.workdir import read_json
 CONFIG = "configs/retrieval_rerank.py"
 PARAMETERS = 470_000
 SETTINGS = (
+    "task.max_length=96",
     "task.buckets=(96,)",
     "task.num_candidates=20",
     "task.train_candidates=4",
-    "task.hard_candidates=3",
-    "model.dropout=0.1",
     f"parameter_budget={PARAMETERS}",
     "batch_size=8",
     "eval_batch_size=8",
