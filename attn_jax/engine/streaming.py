@@ -187,7 +187,7 @@ def check_window(where: str, window: Window) -> tuple[int, int]:
     return min(int(pair[0]), _WIDEST), min(int(pair[1]), _WIDEST)
 
 
-def logit_scale(where: str, width: int, scale: Array | float | None) -> Array | float:
+def logit_scale(where: str, width: int, scale: float | None) -> float:
     """`scale`, or `1 / sqrt(E)` of the head width `E` where it is None; a `ValueError` unless it is a scalar."""
     if scale is None:
         return max(width, 1) ** -0.5

@@ -145,7 +145,7 @@ def _check_options(where: str, **options: int) -> None:
 
 
 def _check_key(where: str, key: Any) -> None:
-    dtype = key.dtype if isinstance(key, jax.Array | np.ndarray) else None
+    dtype = key.dtype if isinstance(key, jax.Array | np.ndarray) else np.dtype(object)
     if dtype != jnp.uint32 and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(f"{where}: `key` must be a key of jax.random, got a value of type {type(key).__name__}")
 

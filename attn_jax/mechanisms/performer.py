@@ -96,11 +96,13 @@ def _feature_map(feature: str, projection: Array | None, q: Array) -> tuple[Feat
     if feature == "elu":
         return _elu, ()
     heads, width = q.shape[2:]
-    shape = getattr(projection, "shape", ())
-    sizes = (heads, None, width) if len(shape) == 3 else (None, width)
+    shared = len(getattr(projection, "shape", ())) < 3
+    sizes = (None, width) if shared else (heads, None, width)
     check_shape("favor_attention", "projection", projection, "(F, E) or (H, F, E)", sizes)
-    check_integer("favor_attention", "F of `projection`", shape[-2])
-    return _MAPS[feature], jnp.broadcast_to(jnp.asarray(projection), (heads, *shape[-2:]))
+    matrix = jnp.asarray(projection)
+    if not matrix.size:
+        raise ValueError(f"favor_attention: `projection` must have at least one feature, got shape {matrix.shape}")
+    return _MAPS[feature], jnp.broadcast_to(matrix, (heads, *matrix.shape[-2:]))
 
 
 # Added to every softmax feature of a token, in units of the mean of them.
