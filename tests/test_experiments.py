@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from eval.experiments import grid, statistics, step_time, video
+from eval.experiments import grid, slurm, statistics, step_time, video
 from eval.experiments.__main__ import main
 from eval.experiments.grid import Cell
 from tests import toy
@@ -67,13 +67,24 @@ def test_half_of_a_claim_decides(claimed, bounds, expected):
 def test_what_is_finished_is_kept_and_what_fails_is_said(tmp_path):
     cells = [TOY, Cell("wrong", TOY.config, ("model.dim=-1",))]
     calls = []
-    (failed,) = grid.run_all(cells, tmp_path, 2, lambda: calls.append(1))
+    (failed,) = grid.run_all(cells, tmp_path, grid.LocalEngine(tmp_path, 2), lambda: calls.append(1))
     assert failed.startswith("wrong: error: ") and "exit code 2" in failed and len(calls) == 2
     result = tmp_path / "toy" / "result.json"
     written = result.stat().st_mtime_ns
     assert grid.result(tmp_path, TOY) == json.loads(result.read_text())
-    assert grid.run_all(cells[:1], tmp_path, 2, lambda: calls.append(1)) == []
-    assert result.stat().st_mtime_ns == written and len(calls) == 2
+    assert [cell.name for cell in grid.unfinished(tmp_path, cells)] == ["wrong"]
+    assert grid.run_all(cells[:1], tmp_path, grid.LocalEngine(tmp_path, 1), lambda: None) == []
+    assert result.stat().st_mtime_ns == written
+
+
+def test_a_job_array_does_what_processes_do(tmp_path):
+    cells = [TOY, Cell("wrong", TOY.config, ("model.dim=-1",))]
+    jobs = slurm.SlurmEngine(tmp_path, cells, 2, {"cluster": "local", "timeout_min": 5})
+    (failed,) = grid.run_all(cells, tmp_path, jobs, lambda: None)
+    assert failed.startswith("wrong: error: ") and "exit code 2" in failed
+    assert grid.unfinished(tmp_path, cells) == cells[1:]
+    with pytest.raises(cli.UsageError, match="nope"):
+        slurm.SlurmEngine(tmp_path, [], 2, {"cluster": "nope"})
 
 
 def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
@@ -88,7 +99,7 @@ def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
     thread = threading.Thread(target=stop_once_it_trains, daemon=True)
     thread.start()
     with pytest.raises(cli.Interrupted, match="the same command goes on"):
-        grid.run_all([endless], tmp_path, 1, lambda: None)
+        grid.run_all([endless], tmp_path, grid.LocalEngine(tmp_path, 1), lambda: None)
     thread.join()
     assert "saved step" in (tmp_path / "endless.log").read_text()
     assert read_metrics(tmp_path / "endless" / "metrics.jsonl")
@@ -111,7 +122,7 @@ def test_every_cell_is_a_config_and_the_same_parameters_are_as_many():
     assert len({cell.name for cell in cells}) == len(cells) == 2 * (5 * 5 - 1)  # no grouped streams of one head
     parameters = {}
     for form in video.forms_of("G2"):
-        task = SlotVideo(video.config_of(video.cell("G2", form, 0)))
+        task = SlotVideo(video.cell("G2", form, 0).load())
         model = nnx.eval_shape(lambda task=task: task.model(nnx.Rngs(0)))
         parameters[form] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert parameters["feature"] == parameters["standard"]

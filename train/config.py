@@ -38,6 +38,7 @@ COMMON = dict(
     param_dtype="float32",
     batch_size=32,
     eval_batch_size=32,
+    parameter_budget=0,  # model.mlp_dim is set so that the model has so many, within 2 %; 0: as it is given
     steps=1000,
     log_every=10,
     eval_every=100,  # steps between validations; each one saves a checkpoint

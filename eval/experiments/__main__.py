@@ -9,11 +9,14 @@ also within a cell. The report is written again after every cell.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from eval.experiments import grid, video
 from eval.measure import replace
 from train import cli
+
+SLURM_HELP = "settings of submitit: timeout_min=240 slurm_partition=cpu; cluster=local tries it on this machine"
 
 EXPERIMENTS: dict[str, grid.Experiment] = {"video": video.EXPERIMENT}
 
@@ -33,7 +36,9 @@ def main(argv: list[str]) -> None:
 
     failed: list[str] = []
     if not args.report:
-        failed = grid.run_all(cells, args.out, args.processes, report)
+        todo = grid.unfinished(args.out, cells)
+        print(f"{len(cells) - len(todo)} of {len(cells)} runs are finished", file=sys.stderr)
+        failed = grid.run_all(todo, args.out, _engine(args, todo), report) if todo else []
         experiment.measure(args.out)
     print(report(), f"written to {args.out / 'report.md'}", sep="\n")
     if failed:
@@ -47,6 +52,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="default: runs/experiments/<experiment>")
     add("--seeds", type=_seeds, metavar="A,B", default=[0, 1, 2], help="default: 0,1,2")
     add("--processes", type=int, metavar="N", help="runs at once (default: one for each core, as memory allows)")
+    add("--engine", choices=("local", "slurm"), default="local", help="this machine (the default), or a job array")
+    add("--slurm", type=_option, nargs="+", default=[], metavar="KEY=VALUE", help=SLURM_HELP)
     add("--report", action="store_true", help="train nothing, only report what is there")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / "experiments" / args.experiment
@@ -54,6 +61,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if args.processes < 1:
         parser.error("--processes must be positive")
     return args
+
+
+def _engine(args: argparse.Namespace, cells: Sequence[grid.Cell]) -> grid.Engine:
+    if args.engine == "local":
+        return grid.LocalEngine(args.out, args.processes)
+    from eval.experiments.slurm import SlurmEngine
+
+    return SlurmEngine(args.out, cells, args.processes, dict(args.slurm))
+
+
+def _option(text: str) -> tuple[str, str | int]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE such as timeout_min=240, got {text!r}")
+    return key, int(value) if value.isdecimal() else value
 
 
 def _seeds(text: str) -> list[int]:

@@ -15,6 +15,14 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def percent(self) -> str:
+        """As a relative difference: `-7.0% [-13.9%, +0.8%]`."""
+        return f"{self.value:+.1%} [{self.low:+.1%}, {self.high:+.1%}]"
+
+    def times(self) -> str:
+        """As a ratio: `1.17x [1.11, 1.21]`."""
+        return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
+
 
 def mean_and_deviation(values: np.ndarray) -> tuple[float, float]:
     """Mean and sample standard deviation over seeds; NaN for the deviation of one."""
@@ -55,6 +63,12 @@ def median_interval(values: np.ndarray) -> Interval:
     random = np.random.default_rng(_SEED)
     draws = np.median(random.choice(values, (DRAWS, len(values))), axis=1)
     return interval(float(np.median(values)), draws)
+
+
+RULE = """\
+A claim counts as reproduced where the whole 95 % interval lies on the claim's side of half the claimed effect, as
+contradicted where it lies on the other side, and as not decidable at this size otherwise; the rule was fixed
+before the first run."""
 
 
 def verdict(measured: Interval, claimed: float) -> str:

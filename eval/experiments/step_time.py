@@ -1,17 +1,58 @@
-"""Seconds of a training step of several configs, measured alternately in one process."""
+"""Seconds of a training step of several configs, measured alternately in one process, and kept in a file."""
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from eval.experiments.statistics import Interval, median_interval
+from eval.measure import environment
 from train import sharding, state, tasks
 from train.config import Config
 from train.loop import Program
+from train.workdir import read_json, write_json
 
+_FILE = "step_times.json"
 _WARM_UP = 2
+
+
+def measure(out: Path, groups: Mapping[str, Mapping[str, Config]], rounds: int) -> None:
+    """Times the configs of each group in turn, once, and keeps the seconds below `out`."""
+    measured = _read(out) or {"groups": {}}
+    for group, made in groups.items():
+        if group in measured["groups"]:
+            continue
+        sharding.use_cpu_devices(next(iter(made.values())))
+        measured["groups"][group] = step_times(made, rounds)
+        measured["environment"] = environment()
+        write_json(out / _FILE, measured)
+
+
+def relative(out: Path, reference: str) -> dict[tuple[str, str], Interval]:
+    """By group and name, the time of a step over that of `reference` in its group, as far as measured."""
+    measured = (_read(out) or {"groups": {}})["groups"]
+    return {
+        (group, name): median_interval(ratios(seconds, name, reference))
+        for group, seconds in measured.items()
+        for name in seconds
+        if name != reference
+    }
+
+
+def machine(out: Path) -> str:
+    """What the times were measured on, in a sentence; empty where nothing was."""
+    measured = _read(out)
+    if measured is None:
+        return ""
+    on = measured["environment"]
+    return f"Step times on {on['device']}, {on['cores']} cores, load {on['load']} before."
+
+
+def _read(out: Path) -> dict[str, Any] | None:
+    return read_json(out / _FILE, "delete it") if (out / _FILE).exists() else None
 
 
 def step_times(configs: Mapping[str, Config], rounds: int) -> dict[str, list[float]]:

@@ -12,19 +12,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eval.experiments import grid
 from eval.experiments.grid import Cell, Experiment, result
 from eval.experiments.statistics import (
+    RULE,
     Interval,
     interval,
     mean_and_deviation,
-    median_interval,
     relative_differences,
     verdict,
 )
-from eval.measure import environment, table
-from train import config as configs
-from train import sharding
-from train.workdir import read_json, write_json
+from eval.measure import table
+from train.workdir import read_json
 
 CONFIG = "configs/video_slots.py"
 SETTINGS = (
@@ -87,24 +86,11 @@ def cells(seeds: Sequence[int]) -> list[Cell]:
 
 
 def measure(out: Path) -> None:
-    """Times the training steps of all forms, capacity by capacity, into `step_times.json`."""
-    from eval.experiments import step_time
+    """Times the training steps of all forms, capacity by capacity."""
+    from eval.experiments import step_time  # it takes seconds
 
-    path = out / "step_times.json"
-    measured = read_json(path, "delete it") if path.exists() else {"groups": {}}
-    for group in GROUPS:
-        if group in measured["groups"]:
-            continue
-        made = {form: config_of(cell(group, form, 0)) for form in forms_of(group)}
-        sharding.use_cpu_devices(made["standard"])
-        measured["groups"][group] = step_time.step_times(made, STEP_TIME_ROUNDS)
-        measured["environment"] = environment()
-        write_json(path, measured)
-
-
-def config_of(cell: Cell) -> configs.Config:
-    _, file, *overrides = cell.arguments()
-    return configs.load(file, overrides)
+    made = {g: {form: cell(g, form, 0).load() for form in forms_of(g)} for g in GROUPS}
+    step_time.measure(out, made, STEP_TIME_ROUNDS)
 
 
 # The report.
@@ -147,8 +133,10 @@ class Comparison(NamedTuple):
 
 def report(out: Path, seeds: Sequence[int]) -> str:
     """The grid as tables, beside the source's claims; cells that are not finished are left out."""
+    from eval.experiments import step_time
+
     runs = {(g, form): read(out, g, form, seeds) for g in GROUPS for form in forms_of(g)}
-    times = _step_time_ratios(out)
+    times = step_time.relative(out, "standard")
     comparisons = {}
     for (group, form), found in runs.items():
         standard = runs[group, "standard"]
@@ -157,23 +145,22 @@ def report(out: Path, seeds: Sequence[int]) -> str:
             comparisons[group, form] = Comparison(interval(value, draws), draws)
     finished = [found for found in runs.values() if found is not None]
     missing = len(runs) - len(finished)
-    parts = ["# Dual key-value attention in slot-based video", _conditions(out, finished, seeds)]
+    conditions = _conditions(finished, seeds, step_time.machine(out))
+    parts = ["# Dual key-value attention in slot-based video", conditions]
     if missing:
         parts.append(f"**{missing} of {len(runs)} cells are not finished.**")
     parts += ["## The grid", table(list(_rows(runs, comparisons, times)))]
-    parts += ["## The source's claims", _RULE, table(list(_claims(comparisons, times)))]
+    parts += ["## The source's claims", f"{RULE} {_FORMS}", table(list(_claims(comparisons, times)))]
     return "\n\n".join(parts) + "\n"
 
 
-_RULE = """\
-A claim counts as reproduced where the whole 95 % interval lies on the claim's side of half the claimed effect, as
-contradicted where it lies on the other side, and as not decidable at this size otherwise; the rule was fixed
-before the first run. `feature` is what the source's code computes, `grouped` what its text describes (a doubled
+_FORMS = """\
+`feature` is what the source's code computes, `grouped` what its text describes (a doubled
 sequence of keys, about as many parameters), `lowrank` the same where there is one head, `full` the most favourable
 to it."""
 
 
-def _conditions(out: Path, finished: Sequence[Measured], seeds: Sequence[int]) -> str:
+def _conditions(finished: Sequence[Measured], seeds: Sequence[int], machine: str) -> str:
     said = (
         f"Command: `python -m eval.experiments video --seeds {','.join(map(str, seeds))}`. Every cell is"
         f" `python -m train --config {CONFIG}:MECHANISM` with {', '.join(f'`{s}`' for s in SETTINGS)}, and the"
@@ -184,35 +171,8 @@ def _conditions(out: Path, finished: Sequence[Measured], seeds: Sequence[int]) -
         " steps taken in turn in one process."
     )
     if finished:
-        first = finished[0].results[0]
-        baselines = ", ".join(f"{name} {value:.4f}" for name, value in first["baselines"].items())
-        hours = (
-            sum(
-                r["seconds_per_step"] * r["steps"] + r["compile_seconds"]
-                for found in finished
-                for r in found.results
-            )
-            / 3600
-        )
-        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        said += f"\n\nBaselines: {baselines}. All steps together: {hours:.1f} core hours. {versions}."
-    if (path := out / "step_times.json").exists():
-        machine = read_json(path, "delete it")["environment"]
-        said += f" Step times on {machine['device']}, {machine['cores']} cores, load {machine['load']} before."
+        said += f"\n\n{grid.conditions([r for found in finished for r in found.results])} {machine}"
     return said
-
-
-def _step_time_ratios(out: Path) -> dict[tuple[str, str], Interval]:
-    from eval.experiments.step_time import ratios
-
-    path = out / "step_times.json"
-    measured = read_json(path, "delete it")["groups"] if path.exists() else {}
-    return {
-        (group, form): median_interval(ratios(seconds, form, "standard"))
-        for group, seconds in measured.items()
-        for form in DUAL
-        if form in seconds
-    }
 
 
 Runs = Mapping[tuple[str, str], Measured | None]
@@ -236,9 +196,9 @@ def _rows(runs: Runs, comparisons: Comparisons, times: Times) -> Iterator[dict[s
             "step time": "",
         }
         if (group, form) in comparisons:
-            row |= {"change of MSE": _percent(comparisons[group, form].mse), "source": f"{size.claim:+.1%}"}
+            row |= {"change of MSE": comparisons[group, form].mse.percent(), "source": f"{size.claim:+.1%}"}
         if (group, form) in times:
-            row["step time"] = _times(times[group, form])
+            row["step time"] = times[group, form].times()
         yield row
 
 
@@ -248,7 +208,7 @@ def _claims(comparisons: Comparisons, times: Times) -> Iterator[dict[str, str]]:
         yield (
             {"claim": f"{group}: MSE {size.claim:+.1%}"}
             | dict.fromkeys(DUAL, "")
-            | {form: f"{verdict(c.mse, size.claim)}: {_percent(c.mse)}" for form, c in found.items()}
+            | {form: f"{verdict(c.mse, size.claim)}: {c.mse.percent()}" for form, c in found.items()}
         )
     # The claim that the gain falls with capacity: the mean change at G1 to G3 less that at G4 and G5.
     low, high = ("G1", "G2", "G3"), ("G4", "G5")
@@ -262,22 +222,14 @@ def _claims(comparisons: Comparisons, times: Times) -> Iterator[dict[str, str]]:
                 for get in (lambda c: c.mse.value, lambda c: c.draws)
             )
             found = interval(float(value), draws)
-            row[form] = f"{verdict(found, float(claimed))}: {_percent(found)}"
+            row[form] = f"{verdict(found, float(claimed))}: {found.percent()}"
     yield row
     for group in GROUPS:
         yield {"claim": f"{group}: step time {1 + CLAIMED_OVERHEAD:.2f}x"} | {
-            form: f"{verdict(Interval(*(x - 1 for x in t)), CLAIMED_OVERHEAD)}: {_times(t)}"
+            form: f"{verdict(Interval(*(x - 1 for x in t)), CLAIMED_OVERHEAD)}: {t.times()}"
             for form in DUAL
             if (t := times.get((group, form))) is not None
         }
-
-
-def _percent(x: Interval) -> str:
-    return f"{x.value:+.1%} [{x.low:+.1%}, {x.high:+.1%}]"
-
-
-def _times(x: Interval) -> str:
-    return f"{x.value:.2f}x [{x.low:.2f}, {x.high:.2f}]"
 
 
 EXPERIMENT = Experiment(cells, measure, report)

@@ -3,6 +3,7 @@
 from train.cli import UsageError, user_errors
 from train.config import Config
 from train.tasks import lra, rerank, video
+from train.tasks.budget import within_budget
 from train.tasks.task import Batch, Metrics, Task
 
 __all__ = ["TASKS", "Batch", "Metrics", "Task", "prepare"]
@@ -21,4 +22,6 @@ def prepare(config: Config) -> Task:
     with user_errors(ValueError, TypeError, OSError):
         task = TASKS[config.task.name](config)
         task.prepare()
+        if config.parameter_budget:
+            task.config = within_budget(task, config.parameter_budget)
     return task

@@ -34,13 +34,8 @@ class SequenceClassification(Task):
         return batches.num_batches(len(self.data["train"]), self.config.batch_size)
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
-        config = self.config
         return TransformerClassifier(
-            vocab_size=self.vocab_size,
-            num_classes=self.num_classes,
-            rngs=rngs,
-            **self.mechanism_arguments(),
-            **config.model,
+            vocab_size=self.vocab_size, num_classes=self.num_classes, rngs=rngs, **self.model_arguments()
         )
 
     def train_iterator(self, seed: int) -> grain.DatasetIterator:

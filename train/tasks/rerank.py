@@ -69,7 +69,7 @@ class Rerank(Task):
         return batches.num_batches(len(self.lists["train"].examples), self.config.batch_size)
 
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
-        arguments = self.mechanism_arguments() | dict(self.config.model)
+        arguments = self.model_arguments()
         if self.method != "straight_through":
             arguments["options"] |= {"straight_through": False}
         if self.method == "actor_critic":

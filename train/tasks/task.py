@@ -47,16 +47,17 @@ class Task(ABC):
 
     @abstractmethod
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The untrained model."""
+        """The untrained model, a function of `config` and of what `prepare` found."""
 
-    def mechanism_arguments(self) -> dict[str, Any]:
-        """What the config says about the mechanism and the types, as arguments of a model."""
+    def model_arguments(self) -> dict[str, Any]:
+        """What the config says about the model, the mechanism and the types, as arguments of a model."""
         config = self.config
         return {
             "mechanism": config.mechanism.name,
             "options": {key: value for key, value in config.mechanism.items() if key != "name"},
             "dtype": jnp.dtype(config.dtype),
             "param_dtype": jnp.dtype(config.param_dtype),
+            **config.model,
         }
 
     @abstractmethod

@@ -55,7 +55,7 @@ class SlotVideo(Task):
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         task = self.config.task
         size = {"height": task.height, "width": task.width}
-        return SlotBasedVideoModel(rngs=rngs, **size, **self.mechanism_arguments(), **self.config.model)
+        return SlotBasedVideoModel(rngs=rngs, **size, **self.model_arguments())
 
     def train_iterator(self, seed: int) -> grain.DatasetIterator:
         return batches.clip_train_iterator(self.data["train"], batch_size=self.config.batch_size, seed=seed)
