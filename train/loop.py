@@ -124,7 +124,8 @@ class Trainer:
         self.config, self.workdir, self.task, self.mesh = config, workdir, task, mesh
         self.model, adamw, abstract, self.train_step = Program.of(config, task, mesh)
         self.eval_step = make_eval_step(task, self.model)
-        self.batches = task.train_iterator(config.seed)
+        with user_errors(ValueError):  # batches that do not fit the data
+            self.batches = task.train_iterator(config.seed)
         self._compiled: set[Any] = set()
 
         self.checkpoints = Checkpoints(workdir)

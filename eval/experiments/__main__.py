@@ -27,8 +27,7 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     experiment = EXPERIMENTS[args.experiment]
     cells = experiment.cells(args.seeds)
-    with cli.user_errors(OSError):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(args.out, "--out")
 
     def report() -> str:
         text = experiment.report(args.out, args.seeds)
