@@ -43,12 +43,17 @@ class SequenceDataset:
     @classmethod
     def from_bytes(cls, sequences: Iterable[bytes], labels: Sequence[int]) -> SequenceDataset:
         """Packs sequences of one-byte token ids."""
-        sequences = list(sequences)
+        return cls.pack([np.frombuffer(sequence, np.uint8) for sequence in sequences], labels)
+
+    @classmethod
+    def pack(cls, sequences: Sequence[np.ndarray], labels: Sequence[int]) -> SequenceDataset:
+        """Packs sequences of unsigned ids, each `(length,)`."""
         if len(sequences) != len(labels):
             raise ValueError(f"got {len(sequences)} sequences but {len(labels)} labels")
         offsets = np.zeros(len(sequences) + 1, np.int64)
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
-        return cls(np.frombuffer(b"".join(sequences), np.uint8), offsets, np.asarray(labels, np.int32))
+        tokens = np.concatenate([np.zeros(0, np.uint8), *sequences])
+        return cls(tokens, offsets, np.asarray(labels, np.int32))
 
     def __len__(self) -> int:
         return len(self.labels)
