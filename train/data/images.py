@@ -10,6 +10,7 @@ import gzip
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def tfds_cifar10() -> dict[str, SequenceDataset]:
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder("cifar10", file_format="array_record", try_gcs=False)
+    builder: Any = tfds.builder("cifar10", file_format="array_record", try_gcs=False)
     try:
         sources = [builder.as_data_source(part) for part in ("train", "test")]
     except Exception as error:  # of several types, one of them its own

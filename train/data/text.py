@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def tfds_imdb(max_length: int) -> dict[str, SequenceDataset]:
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder("imdb_reviews", file_format="array_record", try_gcs=False)
+    builder: Any = tfds.builder("imdb_reviews", file_format="array_record", try_gcs=False)
     try:
         parts = {part: builder.as_data_source(part) for part in ("train", "test")}
     except Exception as error:  # of several types, one of them its own
