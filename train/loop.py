@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 import attn_jax
 from attn_jax.types import Array
-from train import optimizer, sharding, state, tasks
+from train import optimizer, pretrained, sharding, state, tasks
 from train.checkpoints import Checkpoints, restore_best
 from train.cli import Interrupted, RunError, user_errors
 from train.config import Config, config_hash
@@ -133,6 +133,8 @@ class Trainer:
         if restored is None:
             self.progress = Progress()
             self.state = state.initial_train_state(task, adamw, config.seed, abstract)
+            if task.pretrained is not None:
+                self.state = pretrained.start(self.state, task.pretrained)
         else:
             self.state, progress, position = restored
             self.progress = Progress(**progress)

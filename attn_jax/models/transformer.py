@@ -151,6 +151,7 @@ class TransformerClassifier(nnx.Module):
       dim, num_heads, num_layers: of the `Transformer`.
       pool: "cls" (the output of a learned token put in front), "first" (that of the first real token) or "mean"
         (over real tokens).
+      num_types: kinds of tokens, each with an embedding of its own that is added; 0 for none.
       head_dim: hidden width of the head, None for the MLP's.
       dropout: also on the embeddings.
       **transformer: further arguments of `Transformer` and `TransformerBlock`.
@@ -165,6 +166,7 @@ class TransformerClassifier(nnx.Module):
         num_heads: int,
         num_layers: int,
         pool: Pool = "cls",
+        num_types: int = 0,
         head_dim: int | None = None,
         mlp_dim: int | None = None,
         dropout: float = 0.0,
@@ -204,14 +206,20 @@ class TransformerClassifier(nnx.Module):
         self.head_out = nnx.Linear(
             width, num_classes, kernel_metadata=logical_axes("mlp", None), **types, rngs=rngs
         )
+        normal = {"embedding_init": nnx.initializers.normal(1.0), **types}
+        self.type_embed = nnx.Embed(num_types, dim, **normal, rngs=rngs) if num_types else None
 
-    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
-        """Logits `(B, num_classes)`, float32, of `tokens` int `(B, L)` with mask bool `(B, L)`."""
+    def __call__(self, tokens: Array, *, mask: Array | None = None, types: Array | None = None) -> Array:
+        """Logits `(B, num_classes)`, float32, of `tokens` int `(B, L)` with mask bool and `types` int `(B, L)`."""
         check_shape("TransformerClassifier", "tokens", tokens, "(B, L)", (None, None))
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"TransformerClassifier: `tokens` must be integers, got dtype {tokens.dtype}")
         check_mask("TransformerClassifier", "mask", mask, "(B, L)", tokens.shape)
+        if (types is None) != (self.type_embed is None):
+            raise ValueError("TransformerClassifier: `types` go with `num_types`, and neither without the other")
         x = self.embed(tokens)
+        if types is not None and self.type_embed is not None:
+            x = x + self.type_embed(types)
         if self.cls is not None:
             front = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([front, x], axis=1)

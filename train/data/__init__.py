@@ -20,6 +20,12 @@ def share(name: str, seed: int = 0) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6]) / 2**48
 
 
+def split_of(name: str, val: float = 0.1, test: float = 0.1) -> str:
+    """The split of a name, by its `share`: `val` and `test` are what each of these gets, on average."""
+    place, train = share(name), 1 - val - test
+    return "train" if place < train else "val" if place < train + val else "test"
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceDataset:
     """Labelled token sequences of varying length, packed end to end.
