@@ -1,0 +1,215 @@
+"""The figures of a comparison, each an SVG element for an HTML page: real text, nothing that is elsewhere.
+
+Each is about as wide as a telephone, so that text has the size of a caption wherever it is shown.
+"""
+
+import io
+import math
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eval.compare.comparison import Section, Setting
+from eval.compare.maps import Map
+from eval.growth_report import COLOURS, MARKERS
+
+WIDTH = 3.5  # inches
+_RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "attn_jax",  # equal figures get equal names
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+}
+_DASHES = ("-", "--", ":", "-.")
+_LABEL_WIDTH = 24  # characters of a line of a label
+
+
+def key(section: Section) -> str:
+    """What the line of each setting looks like in the curves."""
+    from matplotlib.lines import Line2D
+
+    labels = [_wrapped(setting.label, 44) for setting in section.settings]
+    lines = sum(label.count("\n") + 1 for label in labels)
+
+    def draw(figure: Any) -> None:
+        handles = [Line2D([], [], **_style(n), label=label) for n, label in enumerate(labels)]
+        figure.legend(handles=handles, loc="upper left", borderaxespad=0.2, handlelength=4)
+
+    return _svg(draw, height=0.18 * lines + 0.15)
+
+
+def curve(section: Section, split: str, metric: str) -> str | None:
+    """A metric against the step, the mean over seeds; None where no run recorded it twice."""
+    curves = [setting.curve(split, metric) for setting in section.settings]
+    if max(map(len, curves)) < 2:
+        return None
+    title = f"{'training' if split == 'train' else 'validation'} {metric}"
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for n, points in enumerate(curves):
+            if points:
+                axes.plot(*zip(*points), **_style(n), markevery=max(1, len(points) // 6), lw=1.3)
+        axes.set(title=title, xlabel="step")
+        axes.ticklabel_format(axis="x", style="plain")
+        axes.locator_params(axis="x", nbins=5)
+
+    return _svg(draw, height=2.3)
+
+
+def bars(title: str, values: Mapping[str, float], others: Mapping[str, float], errors: Mapping[str, Any]) -> str:
+    """Horizontal bars of `values` by label, those of `others` hatched; `errors` are `(low, high)` by label."""
+    labels = [*values, *others]
+    heights = [_wrapped(label).count("\n") + 1 for label in labels]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        places = np.arange(len(labels))
+        numbers = [*values.values(), *others.values()]
+        styles = [(COLOURS[0], "")] * len(values) + [("#ffffff", "////")] * len(others)
+        for place, number, (colour, hatch) in zip(places, numbers, styles):
+            axes.barh(place, number, 0.6, color=colour, hatch=hatch, edgecolor="#333333", lw=0.6)
+        ends = list(numbers)
+        for place, label in enumerate(labels):
+            if label in errors:
+                low, high = errors[label]
+                axes.plot([low, high], [place, place], "|-", color="#000000", ms=5, lw=1)
+                ends[place] = max(ends[place], high)
+        room = max(max(ends, default=0), 1e-300)
+        for place, number, end in zip(places, numbers, ends):
+            axes.text(end + 0.02 * room, place, _short(number), va="center", fontsize=7)
+        axes.set(title=title, yticks=places, yticklabels=map(_wrapped, labels), xlim=(0, 1.22 * room))
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.locator_params(axis="x", nbins=4)
+
+    return _svg(draw, height=0.55 + 0.13 * len(labels) + 0.13 * sum(heights))
+
+
+def radar(axes_of: Mapping[str, float], reference: Mapping[str, float] | None, title: str) -> str:
+    """Values from 0 to 1 around a circle; those of `reference` dashed."""
+    names = list(axes_of)
+    angles = np.linspace(0, 2 * math.pi, len(names), endpoint=False)
+
+    def closed(values: Mapping[str, float]) -> tuple[list[float], list[float]]:
+        points = [values[name] for name in names]
+        return [*angles, angles[0]], [*points, points[0]]
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot(projection="polar")
+        if reference is not None:
+            axes.plot(*closed(reference), "--", color="#666666", lw=1)
+        axes.plot(*closed(axes_of), "o-", color=COLOURS[0], ms=3, lw=1.5)
+        axes.fill(*closed(axes_of), color=COLOURS[0], alpha=0.15)
+        axes.set(ylim=(0, 1), yticks=[0.25, 0.5, 0.75, 1], yticklabels=[], xticks=angles, xticklabels=names)
+        axes.set_title(_wrapped(title), loc="center", pad=6)
+        axes.set_theta_zero_location("N")
+
+    return _svg(draw, width=2.3, height=2.5 + 0.13 * _wrapped(title).count("\n"))
+
+
+def attention(label: str, shown: Map) -> str:
+    """Weights as shades, from white for 0 to the darkest for the largest."""
+    queries, keys = ([_clipped(name) for name in names] for names in (shown.queries, shown.keys))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        high = max(float(shown.weights.max(initial=0)), 1e-9)
+        image = axes.imshow(shown.weights, cmap="Blues", vmin=0, vmax=high, interpolation="nearest")
+        small = {"fontsize": 6.5}
+        axes.set_xticks(range(len(keys)), keys, rotation=90, **small)
+        axes.set_yticks(range(len(queries)), queries, **small)
+        axes.set(title=f"{_wrapped(label, 40)}\n{shown.module}", xlabel="key", ylabel="query")
+        axes.title.set_fontsize(8)
+        axes.grid(False)
+        axes.tick_params(length=0, pad=2)
+        bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, pad=0.02, ticks=[0, high])
+        bar.ax.set_yticklabels(["0", _short(high)], fontsize=6.5)
+        bar.outline.set_visible(False)
+
+    tall = 0.13 * _wrapped(label, 40).count("\n")
+    return _svg(draw, height=tall + 1.2 + 2.4 * len(queries) / max(len(keys), 1))
+
+
+def scores(section: Section) -> dict[str, dict[str, float]]:
+    """By label the four axes of the radar chart, each from 0 to 1 = the best setting of the section."""
+
+    def relative(value: Callable[[Setting], float], better: str) -> list[float]:
+        values = [value(setting) for setting in section.settings]
+        best = max(values) if better == "higher" else min(values)
+        ratios = [(v, best) if better == "higher" else (best, v) for v in values]
+        return [float(np.clip(a / b, 0, 1)) if b else 1.0 for a, b in ratios]
+
+    columns = {
+        section.primary: relative(lambda s: s.primary.mean, section.better),
+        "speed": relative(lambda s: s.seconds_per_step, "lower"),
+        "memory": relative(lambda s: s.peak_memory, "lower"),
+        "convergence": relative(lambda s: s.epochs_to_90, "lower"),
+    }
+    rows = zip(*columns.values())
+    return {setting.label: dict(zip(columns, row)) for setting, row in zip(section.settings, rows)}
+
+
+def _style(n: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[n % len(COLOURS)],
+        "linestyle": _DASHES[(n + n // len(COLOURS)) % len(_DASHES)],
+        "marker": MARKERS[n % len(MARKERS)],
+        "markersize": 4,
+    }
+
+
+def _wrapped(label: str, width: int = _LABEL_WIDTH) -> str:
+    return "\n".join(textwrap.wrap(label, width, break_on_hyphens=False)) or label
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= 8 else f"{name[:7]}…"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1e4 else f"{value:,.0f}"
+
+
+def _svg(draw: Callable[[Any], None], *, height: float, width: float = WIDTH) -> str:
+    """What `draw` puts on a figure of inches, as an element that stands in an HTML page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _for_page(buffer.getvalue(), width)
+
+
+def _for_page(svg: str, width: float) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
+    head, rest = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', head)
+    assert view is not None
+    rest = re.sub(r"font: ([^;\"']*?[\d.]+px) [^;\"]*", r"font: \1 sans-serif", rest)
+    return f'<svg {view[0]} style="width: {width * 96:.0f}px" role="img">{rest}'.strip()
+
+
+def numbered(svg: str, number: int) -> str:
+    """`svg` with names of its own, so that several may stand in one page."""
+    svg = re.sub(r'\bid="', f'id="f{number}-', svg)
+    svg = svg.replace("url(#", f"url(#f{number}-")
+    return svg.replace('href="#', f'href="#f{number}-')
