@@ -40,17 +40,20 @@ def main(argv: list[str]) -> None:
         print(f"left out: {line}", file=sys.stderr)
     drawn = None if arguments.no_maps else maps.draw(comparison)
     blocks = list(report.blocks(comparison, drawn))
-    text = markdown(report.TITLE, blocks)
     files = {
         "report.html": page(report.TITLE, blocks),
-        "report.md": text,
+        "report.md": markdown(report.TITLE, blocks),
         "report.json": json.dumps(comparison.to_json(), indent=2) + "\n",
     }
     with cli.user_errors(OSError):
         arguments.out.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             replace(arguments.out / name, content.encode())
-    print(text, f"written to {', '.join(str(arguments.out / name) for name in files)}", sep="\n")
+    print(
+        markdown(report.TITLE, list(report.summary(comparison))),
+        f"written to {', '.join(str(arguments.out / name) for name in files)}",
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

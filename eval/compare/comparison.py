@@ -11,7 +11,13 @@ import numpy as np
 from attn_jax import MECHANISMS
 from eval.compare import published
 from eval.compare.runs import Curve, Run, read_all
-from eval.experiments.statistics import Interval, interval, mean_and_deviation, relative_differences, resampled_means
+from eval.experiments.statistics import (
+    Interval,
+    interval,
+    mean_and_deviation,
+    relative_differences,
+    resampled_means,
+)
 from eval.measure import finite
 from train.cli import UsageError
 from train.config import differing_keys, flatten
@@ -45,8 +51,11 @@ class Setting:
       label: unique in its section: the mechanism, and the other settings in which it differs from the reference.
       runs: by seed.
       primary: the primary metric on the test split.
+      metrics: all metrics on the test split by name, those of single layers left out.
+      reference: the label of the setting that it is compared with: of `standard`, the one that differs least in
+        all but the mechanism; None where there is none, and for a reference itself.
       improvement: relative change of `primary` against the reference over the seeds that both have, positive
-        where it is better; None for the reference itself and where they have no seed in common.
+        where it is better; None where they have no seed in common.
       improvement_interval: its paired 95 % bootstrap interval; None for fewer than two common seeds.
       epochs_to_90, seconds_per_step, peak_memory, parameters: means over seeds; memory in bytes.
       published: the accuracy published for this mechanism, None if there is none.
@@ -55,6 +64,8 @@ class Setting:
     label: str
     runs: Sequence[Run]
     primary: Estimate
+    metrics: Mapping[str, Estimate]
+    reference: str | None
     improvement: float | None
     improvement_interval: Interval | None
     epochs_to_90: float
@@ -96,7 +107,6 @@ class Section:
       name, primary, better: of the task, as in `result.json`.
       baselines: what trivial predictors reach in `primary`.
       settings: the baseline mechanism first, then in the order of the registry.
-      reference: the label of the setting that all are compared with; None where `standard` has no run.
       published: by model, the published value of `primary`.
       remarks: what a reader must know to read the numbers right, a line each.
     """
@@ -107,7 +117,6 @@ class Section:
     better: str
     baselines: Mapping[str, float]
     settings: Sequence[Setting]
-    reference: str | None
     published: Mapping[str, float]
     remarks: Sequence[str]
 
@@ -168,12 +177,9 @@ def _section(key: tuple[Any, ...], runs: Sequence[Run], tasks: Mapping[tuple[Any
         groups.setdefault(run.setting, []).append(run)
     ordered = [sorted(group, key=lambda run: run.seed) for group in groups.values()]
     ordered.sort(key=lambda group: _place(group[0].result["mechanism"]))  # stable: else as given
-    references = [group for group in ordered if group[0].result["mechanism"] == BASELINE]
-    labels = _labels([group[0] for group in ordered])
+    labelled = dict(zip(_labels([group[0] for group in ordered]), ordered))
     values = published.accuracies(runs[0].result["name"])
-    settings = [
-        _setting(label, group, _nearest(group, references), values) for label, group in zip(labels, ordered)
-    ]
+    settings = [_setting(label, labelled, values) for label in labelled]
     result = runs[0].result
     return Section(
         title=_title(key, runs, tasks),
@@ -182,9 +188,8 @@ def _section(key: tuple[Any, ...], runs: Sequence[Run], tasks: Mapping[tuple[Any
         better=result["better"],
         baselines=result["baselines"],
         settings=settings,
-        reference=labels[0] if references else None,
         published=values,
-        remarks=list(_remarks(settings, bool(references))),
+        remarks=list(_remarks(settings)),
     )
 
 
@@ -215,29 +220,30 @@ def _title(key: tuple[Any, ...], runs: Sequence[Run], tasks: Mapping[tuple[Any, 
     return f"{name}, preset {preset}" + (f" ({', '.join(told)})" if told else "")
 
 
-def _nearest(group: Sequence[Run], references: Sequence[Sequence[Run]]) -> Sequence[Run] | None:
-    """Of several reference settings the one that differs least from `group` in all but the mechanism."""
+def _reference(label: str, groups: Mapping[str, Sequence[Run]]) -> str | None:
+    """Of the settings of the baseline mechanism the one that differs least in all but the mechanism."""
 
-    def distance(reference: Sequence[Run]) -> int:
-        keys = differing_keys(group[0].config, reference[0].config)
+    def distance(other: str) -> int:
+        keys = differing_keys(groups[label][0].config, groups[other][0].config)
         return sum(not key.startswith("mechanism.") for key in keys if key != "seed")
 
-    return min(references, key=distance, default=None)
+    references = [other for other, runs in groups.items() if runs[0].result["mechanism"] == BASELINE]
+    return None if label in references else min(references, key=distance, default=None)
 
 
-def _setting(
-    label: str, runs: Sequence[Run], reference: Sequence[Run] | None, values: Mapping[str, float]
-) -> Setting:
+def _setting(label: str, groups: Mapping[str, Sequence[Run]], values: Mapping[str, float]) -> Setting:
+    runs, reference = groups[label], _reference(label, groups)
+    improvement, bounds = (None, None) if reference is None else _improvement(groups[reference], runs)
+
     def mean(key: str) -> float:
         return float(np.mean([run.result[key] for run in runs]))
 
-    improvement, bounds = None, None
-    if reference is not None and reference is not runs:
-        improvement, bounds = _improvement(reference, runs)
     return Setting(
         label=label,
         runs=runs,
-        primary=_estimate(runs),
+        primary=_primary(runs),
+        metrics=dict(_metrics(runs)),
+        reference=reference,
         improvement=improvement,
         improvement_interval=bounds,
         epochs_to_90=mean("epochs_to_90_percent_of_best"),
@@ -248,13 +254,23 @@ def _setting(
     )
 
 
-def _estimate(runs: Sequence[Run]) -> Estimate:
-    mean, deviation = mean_and_deviation(np.array([run.primary for run in runs]))
-    examples = _stack(runs)
-    found = None
-    if len(runs) > 1 and examples is not None:
-        found = interval(mean, *resampled_means(examples))
-    return Estimate(mean, finite(deviation), found)
+def _metrics(runs: Sequence[Run]) -> Iterable[tuple[str, Estimate]]:
+    for name in runs[0].result["test"]:
+        values = [run.result["test"].get(name) for run in runs]
+        if "/" not in name and all(value is not None and math.isfinite(value) for value in values):
+            yield name, _estimate(values)
+
+
+def _estimate(values: Sequence[float]) -> Estimate:
+    mean, deviation = mean_and_deviation(np.array(values))
+    return Estimate(mean, finite(deviation))
+
+
+def _primary(runs: Sequence[Run]) -> Estimate:
+    found, examples = _estimate([run.primary for run in runs]), _stack(runs)
+    if len(runs) < 2 or examples is None:
+        return found
+    return found._replace(interval=interval(found.mean, *resampled_means(examples)))
 
 
 def _improvement(reference: Sequence[Run], runs: Sequence[Run]) -> tuple[float | None, Interval | None]:
@@ -282,24 +298,29 @@ def _stack(runs: Sequence[Run]) -> np.ndarray | None:
     return stacked if stacked.shape[1] else None
 
 
-def _remarks(settings: Sequence[Setting], has_reference: bool) -> Iterable[str]:
-    if not has_reference:
+def _remarks(settings: Sequence[Setting]) -> Iterable[str]:
+    references = [setting.label for setting in settings if setting.mechanism == BASELINE]
+    if not references:
         yield f"There is no run of `{BASELINE}`, so nothing is compared with it."
-    counts = {setting.label: setting.parameters for setting in settings}
-    smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    ratio = counts[largest] / max(counts[smallest], 1)
-    if ratio > 1 + PARAMETER_TOLERANCE:
+    if len(references) > 1:
+        yield f"Each setting is compared with the one of `{BASELINE}` that differs least in all but the mechanism."
+    smallest, *_, largest = sorted([*settings, settings[0]], key=lambda setting: setting.parameters)
+    more = largest.parameters / max(smallest.parameters, 1) - 1
+    if more > PARAMETER_TOLERANCE:
         yield (
-            f"Warning: the models are not equally large. `{largest}` has {counts[largest]:,.0f} parameters,"
-            f" {ratio - 1:.0%} more than `{smallest}` with {counts[smallest]:,.0f}."
+            f"Warning: the models are not equally large. `{largest.label}` has {largest.parameters:,.0f}"
+            f" parameters, {more:.0%} more than `{smallest.label}` with {smallest.parameters:,.0f}."
         )
     if single := [s.label for s in settings if len(s.runs) == 1]:
         yield f"One seed only, so no deviation and no interval: {', '.join(f'`{label}`' for label in single)}."
     if few := sorted({len(s.runs) for s in settings if 1 < len(s.runs) < 5}):
-        yield f"Intervals over {' or '.join(map(str, few))} seeds are too narrow: so few can be drawn in few ways."
+        counts = " or ".join(map(str, few))
+        yield f"Intervals over {counts} seeds are too narrow: few seeds are resampled in few ways."
     if kept := [s.label for s in settings if len(s.runs) > 1 and s.primary.interval is None]:
         labels = ", ".join(f"`{label}`" for label in kept)
         yield f"No interval, because test_examples.json is missing or of other examples: {labels}."
+    if bare := [run.folder.name for setting in settings for run in setting.runs if not run.curves]:
+        yield f"No learning curves, because metrics.jsonl is missing or empty: {', '.join(bare)}."
     devices = sorted({run.result["devices"] for setting in settings for run in setting.runs})
     if len(devices) > 1:
         yield f"Warning: times and memory are of different devices: {', '.join(devices)}."
@@ -314,8 +335,9 @@ def _section_json(section: Section) -> dict[str, Any]:
         "primary": section.primary,
         "better": section.better,
         "baselines": dict(section.baselines),
-        "reference": section.reference,
-        "published": {"source": published.SOURCE, "values": dict(section.published)} if section.published else None,
+        "published": {"source": published.SOURCE, "values": dict(section.published)}
+        if section.published
+        else None,
         "remarks": list(section.remarks),
         "settings": [_setting_json(setting) for setting in section.settings],
         "differing_settings": section.differing,
@@ -324,7 +346,7 @@ def _section_json(section: Section) -> dict[str, Any]:
 
 def _setting_json(setting: Setting) -> dict[str, Any]:
     def bounds(found: Interval | None) -> list[float] | None:
-        return None if found is None or not math.isfinite(found.low) else [found.low, found.high]
+        return None if found is None else [found.low, found.high]
 
     return {
         "label": setting.label,
@@ -336,6 +358,8 @@ def _setting_json(setting: Setting) -> dict[str, Any]:
         "mean": setting.primary.mean,
         "deviation": setting.primary.deviation,
         "interval": bounds(setting.primary.interval),
+        "test": {name: {"mean": x.mean, "deviation": x.deviation} for name, x in setting.metrics.items()},
+        "reference": setting.reference,
         "improvement": setting.improvement,
         "improvement_interval": bounds(setting.improvement_interval),
         "published": setting.published,

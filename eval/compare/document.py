@@ -131,7 +131,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _kind(cell: str) -> str:
-    if re.match(r"[-+±\d]", cell):
+    if re.match(r"[-+\d[]", cell) and len(cell) < 25:
         return ' class="number"'
     return ' class="long"' if len(cell) > 40 else ""
 

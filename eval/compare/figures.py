@@ -6,8 +6,7 @@ Each is about as wide as a telephone, so that text has the size of a caption whe
 import io
 import math
 import re
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ import numpy as np
 from eval.compare.comparison import Section, Setting
 from eval.compare.maps import Map
 from eval.growth_report import COLOURS, MARKERS
+from eval.measure import number
 
 WIDTH = 3.5  # inches
-_RC = {
+_RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "attn_jax",  # equal figures get equal names
     "font.size": 8,
@@ -77,19 +77,19 @@ def bars(title: str, values: Mapping[str, float], others: Mapping[str, float], e
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         places = np.arange(len(labels))
-        numbers = [*values.values(), *others.values()]
+        lengths = [*values.values(), *others.values()]
         styles = [(COLOURS[0], "")] * len(values) + [("#ffffff", "////")] * len(others)
-        for place, number, (colour, hatch) in zip(places, numbers, styles):
-            axes.barh(place, number, 0.6, color=colour, hatch=hatch, edgecolor="#333333", lw=0.6)
-        ends = list(numbers)
+        for place, length, (colour, hatch) in zip(places, lengths, styles):
+            axes.barh(place, length, 0.6, color=colour, hatch=hatch, edgecolor="#333333", lw=0.6)
+        ends = list(lengths)
         for place, label in enumerate(labels):
             if label in errors:
                 low, high = errors[label]
                 axes.plot([low, high], [place, place], "|-", color="#000000", ms=5, lw=1)
                 ends[place] = max(ends[place], high)
         room = max(max(ends, default=0), 1e-300)
-        for place, number, end in zip(places, numbers, ends):
-            axes.text(end + 0.02 * room, place, _short(number), va="center", fontsize=7)
+        for place, length, end in zip(places, lengths, ends):
+            axes.text(end + 0.02 * room, place, number(length), va="center", fontsize=7)
         axes.set(title=title, yticks=places, yticklabels=map(_wrapped, labels), xlim=(0, 1.22 * room))
         axes.invert_yaxis()
         axes.grid(False, axis="y")
@@ -114,11 +114,14 @@ def radar(axes_of: Mapping[str, float], reference: Mapping[str, float] | None, t
             axes.plot(*closed(reference), "--", color="#666666", lw=1)
         axes.plot(*closed(axes_of), "o-", color=COLOURS[0], ms=3, lw=1.5)
         axes.fill(*closed(axes_of), color=COLOURS[0], alpha=0.15)
-        axes.set(ylim=(0, 1), yticks=[0.25, 0.5, 0.75, 1], yticklabels=[], xticks=angles, xticklabels=names)
-        axes.set_title(_wrapped(title), loc="center", pad=6)
+        axes.set(ylim=(0, 1), yticks=[0.25, 0.5, 0.75, 1], yticklabels=[], xticks=angles, xticklabels=[])
         axes.set_theta_zero_location("N")
+        for place, (angle, name) in enumerate(zip(angles, names)):
+            axes.text(angle, 1.14, name, rotation=90 * (place % 2), ha="center", va="center", fontsize=7)
+        axes.set_title(lines, loc="center", fontsize=8, pad=15)
 
-    return _svg(draw, width=2.3, height=2.5 + 0.13 * _wrapped(title).count("\n"))
+    lines = _wrapped(title, 22)
+    return _svg(draw, width=1.75, height=2.0 + 0.13 * lines.count("\n"))
 
 
 def attention(label: str, shown: Map) -> str:
@@ -137,7 +140,7 @@ def attention(label: str, shown: Map) -> str:
         axes.grid(False)
         axes.tick_params(length=0, pad=2)
         bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=30, pad=0.02, ticks=[0, high])
-        bar.ax.set_yticklabels(["0", _short(high)], fontsize=6.5)
+        bar.ax.set_yticklabels(["0", number(high)], fontsize=6.5)
         bar.outline.set_visible(False)
 
     tall = 0.13 * _wrapped(label, 40).count("\n")
@@ -173,15 +176,17 @@ def _style(n: int) -> dict[str, Any]:
 
 
 def _wrapped(label: str, width: int = _LABEL_WIDTH) -> str:
-    return "\n".join(textwrap.wrap(label, width, break_on_hyphens=False)) or label
+    """`label` in lines that end at a space or an underscore."""
+    lines = [""]
+    for part in re.findall(r"[^ _]+[ _]?|[ _]", label):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _clipped(name: str) -> str:
     return name if len(name) <= 8 else f"{name[:7]}…"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}" if value < 1e4 else f"{value:,.0f}"
 
 
 def _svg(draw: Callable[[Any], None], *, height: float, width: float = WIDTH) -> str:
@@ -193,7 +198,9 @@ def _svg(draw: Callable[[Any], None], *, height: float, width: float = WIDTH) ->
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     return _for_page(buffer.getvalue(), width)
 
 
@@ -204,7 +211,7 @@ def _for_page(svg: str, width: float) -> str:
     head, rest = svg.split(">", 1)
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None
-    rest = re.sub(r"font: ([^;\"']*?[\d.]+px) [^;\"]*", r"font: \1 sans-serif", rest)
+    rest = re.sub(r"font-family: [^;]*, sans-serif", "font-family: sans-serif", rest)
     return f'<svg {view[0]} style="width: {width * 96:.0f}px" role="img">{rest}'.strip()
 
 

@@ -17,12 +17,14 @@ from attn_jax import MECHANISMS
 from attn_jax.aux import record
 from eval.compare.comparison import Comparison, Section
 from eval.compare.runs import Run
-from train import cli, evaluation
+from train import cli, evaluation, sharding
 from train.config import Config, run_file
 from train.tasks import Batch, Task
 
 WINDOW = 24
 """Tokens that a map shows, from the first on."""
+
+_MAX_LENGTH = 4096  # of a sequence whose dense weights are computed: 64 MiB for each head
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Maps:
     """What a section has to show.
 
     Attributes:
-      example: what the maps were computed on, in words.
+      example: the first tokens of what the maps were computed on, in words; empty where it is no text.
       of: by the label of a setting its maps, at most the first and the last of its modules.
       without: by the label of a setting why it has none.
     """
@@ -91,12 +93,12 @@ def of_run(run: Run) -> tuple[list[Map], str]:
     Raises:
       UsageError: the model or its data cannot be restored.
     """
-    config = _on_one_device(run.config)
-    mechanism = MECHANISMS.get(config.mechanism.name)
+    mechanism = MECHANISMS.get(run.result["mechanism"])
     if mechanism is not None and not mechanism.weights:
         return [], ""
     # What a damaged checkpoint or a changed model makes orbax and Flax raise has no common type.
     with cli.user_errors(Exception):
+        config = _on_one_device(run.config)
         if Path(config.file).is_file():
             run_file(config.file)  # it may register the task or the mechanism
         with evaluation.restored(config, run.folder) as restored:
@@ -105,7 +107,7 @@ def of_run(run: Run) -> tuple[list[Map], str]:
             weights = attention_weights(restored.task, restored.module(), batch)
     chosen = dict.fromkeys([*list(weights)[:1], *list(weights)[-1:]])
     maps = [_map(module, weights[module], text, batch) for module in chosen]
-    return maps, "the first test example" if text is None else " ".join(text[:WINDOW])
+    return maps, "" if text is None else " ".join(text[:WINDOW])
 
 
 def attention_weights(task: Task, model: nnx.Module, batch: Batch) -> dict[str, np.ndarray]:
@@ -136,7 +138,12 @@ def _recording(model: nnx.Module) -> Iterator[None]:
 
     def recording(call: Any) -> Any:
         def attend(self: Any, x: jax.Array, **arguments: Any) -> Any:
-            weights = self.attention_weights(x, **arguments)
+            if x.shape[1] > _MAX_LENGTH:
+                raise ValueError(
+                    f"dense weights of {x.shape[1]:,} tokens, more than {_MAX_LENGTH:,}, are too many"
+                )
+            x_0, arguments_0 = jax.tree.map(lambda array: array[:1], (x, arguments))  # rows are independent
+            weights = self.attention_weights(x_0, **arguments_0)
             if weights is not None:
                 record(self, _Weights, "weights", weights[0].mean(0))
             return call(self, x, **arguments)
@@ -158,7 +165,7 @@ def _recording(model: nnx.Module) -> Iterator[None]:
 def _on_one_device(config: Mapping[str, Any]) -> Config:
     """The config of a run, for this machine, whatever it was trained on."""
     made = ConfigDict(copy.deepcopy(dict(config)))
-    made.mesh = ConfigDict(dict.fromkeys(made.mesh, 1))
+    made.mesh = ConfigDict(dict.fromkeys(sharding.AXES, 1))
     return made
 
 

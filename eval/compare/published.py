@@ -29,4 +29,4 @@ def accuracies(task: str) -> dict[str, float]:
     """By model, the published accuracy from 0 to 1 in the task of config name `task`; empty if there is none."""
     if task not in _TASKS:
         return {}
-    return {model: values[_TASKS.index(task)] / 100 for model, values in _PERCENT.items()}
+    return {model: round(values[_TASKS.index(task)] / 100, 4) for model, values in _PERCENT.items()}

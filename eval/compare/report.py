@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from eval.compare import figures, published
-from eval.compare.comparison import Comparison, Section, Setting
+from eval.compare.comparison import BASELINE, Comparison, Estimate, Section, Setting
 from eval.compare.document import Block, Figure, Figures, Heading, Items, Table, Text
 from eval.compare.maps import WINDOW, Maps
 from eval.experiments.statistics import Interval
@@ -18,6 +18,18 @@ def blocks(comparison: Comparison, maps: Sequence[Maps] | None) -> Iterator[Bloc
     yield Text(_READING)
     for place, section in enumerate(comparison.sections):
         yield from _section(section, None if maps is None else maps[place])
+    yield from _left_out(comparison)
+
+
+def summary(comparison: Comparison) -> Iterator[Block]:
+    """The tables alone."""
+    for section in comparison.sections:
+        yield Heading(2, section.title)
+        yield from tables(section)
+    yield from _left_out(comparison)
+
+
+def _left_out(comparison: Comparison) -> Iterator[Block]:
     if comparison.left_out:
         yield Heading(2, "Left out")
         yield Items(comparison.left_out)
@@ -36,6 +48,9 @@ def tables(section: Section) -> Iterator[Block]:
     yield Items(list(_comparability(section)))
     if section.remarks:
         yield Items(section.remarks)
+    if any(len(setting.metrics) > 1 for setting in section.settings):
+        yield Heading(3, "All test metrics")
+        yield Table([_metrics(setting) for setting in section.settings])
     yield Heading(3, "Cost")
     yield Table([_cost(setting) for setting in section.settings])
     yield Text(
@@ -57,11 +72,14 @@ def _section(section: Section, maps: Maps | None) -> Iterator[Block]:
         "Hatched: trivial baselines. Black bars: 95 % intervals, where there are several seeds. Round charts: each"
         " axis from 0 at the centre to 1, the best setting of this section; a value is its ratio to the best"
         f" ({section.primary}, speed = 1 / seconds per step, memory = 1 / peak memory, convergence = 1 / epochs to"
-        " 90 % of the best)" + ("; dashed: `standard`." if section.reference else ".")
+        " 90 % of the best)" + (f"; dashed: `{BASELINE}`." if any(s.reference for s in section.settings) else ".")
     )
     yield Figures(list(_radars(section)))
     if curves := list(_curves(section)):
+        labels = ", ".join(setting.label for setting in section.settings)
         yield Heading(3, "Learning curves")
+        yield Text("Means over seeds, at the steps that all of a setting's seeds recorded.")
+        yield Figures([Figure(figures.key(section), f"Key of the learning curves: {labels}")])
         yield Figures(curves)
     if maps is not None:
         yield Heading(3, "Attention maps")
@@ -77,7 +95,7 @@ def _results(section: Section) -> Iterator[dict[str, str]]:
         row = {
             "setting": setting.label,
             "seeds": ", ".join(map(str, setting.seeds)),
-            column: value_and_deviation(setting),
+            column: _mean_and_deviation(setting.primary),
             "95 % interval": _bounds(setting.primary.interval, setting.primary.mean),
             "improvement": "" if setting.improvement is None else f"{setting.improvement:+.1%}",
             "its 95 % interval": _percents(setting.improvement_interval),
@@ -88,6 +106,11 @@ def _results(section: Section) -> Iterator[dict[str, str]]:
         yield row
     for name, value in section.baselines.items():
         yield {"setting": f"baseline: {name}", column: f"{value:.{_decimals(value)}f}"}
+
+
+def _metrics(setting: Setting) -> dict[str, str]:
+    found = {name: _mean_and_deviation(value) for name, value in setting.metrics.items()}
+    return {"setting": setting.label, **found}
 
 
 def _comparability(section: Section) -> Iterator[str]:
@@ -148,34 +171,28 @@ def _chart(title, values, others, errors) -> Figure:
 
 def _radars(section: Section) -> Iterator[Figure]:
     scores = figures.scores(section)
-    reference = scores.get(section.reference or "")
-    for label, axes in scores.items():
-        said = ", ".join(f"{name} {value:.2f}" for name, value in axes.items())
-        other = None if label == section.reference else reference
-        yield Figure(figures.radar(axes, other, label), f"Radar chart of {label}: {said}")
+    for setting in section.settings:
+        own, reference = scores[setting.label], scores.get(setting.reference or "")
+        said = ", ".join(f"{name} {value:.2f}" for name, value in own.items())
+        yield Figure(figures.radar(own, reference, setting.label), f"Radar chart of {setting.label}: {said}")
 
 
 def _curves(section: Section) -> Iterator[Figure]:
-    made = []
     for metric in dict.fromkeys(("loss", section.primary)):
         for split, title in (("train", "training"), ("val", "validation")):
-            svg = figures.curve(section, split, metric)
-            if svg is not None:
-                last = [(s.label, s.curve(split, metric)) for s in section.settings]
-                said = ", ".join(f"{label} ends at {points[-1][1]:.3g}" for label, points in last if points)
-                made.append(Figure(svg, f"Learning curves, {title} {metric} by step: {said}"))
-    if made:
-        labels = ", ".join(setting.label for setting in section.settings)
-        yield Figure(figures.key(section), f"Key of the learning curves: {labels}")
-        yield from made
+            if (svg := figures.curve(section, split, metric)) is not None:
+                curves = [(setting.label, setting.curve(split, metric)) for setting in section.settings]
+                said = ", ".join(f"{label} ends at {points[-1][1]:.3g}" for label, points in curves if points)
+                yield Figure(svg, f"Learning curves, {title} {metric} by step: {said}")
 
 
 def _maps(maps: Maps) -> Iterator[Block]:
     if maps.of:
         yield Text(
-            f"The best model of each setting's first seed on one test example: `{maps.example}`. Of each model the"
-            f" first and the last module, mean over heads, the first {WINDOW} queries and keys; weights on other"
-            " keys are not shown. Each map has a scale of its own."
+            "The best model of each setting's first seed on the first test example"
+            + (f", which begins `{maps.example}`" if maps.example else ", in positions")
+            + ". Of each model the first and the last module, mean over heads, the first"
+            f" {WINDOW} queries and keys; weights on other keys are not shown. Each map has a scale of its own."
         )
         yield Figures(
             [
@@ -188,11 +205,9 @@ def _maps(maps: Maps) -> Iterator[Block]:
         yield Items([f"No map of `{label}`: {why}." for label, why in maps.without.items()])
 
 
-def value_and_deviation(setting: Setting) -> str:
-    """The primary metric, with the deviation where there are several seeds."""
-    mean, deviation, _ = setting.primary
-    digits = _decimals(mean)
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+def _mean_and_deviation(found: Estimate) -> str:
+    digits = _decimals(found.mean)
+    return f"{found.mean:.{digits}f}" + ("" if found.deviation is None else f" ± {found.deviation:.{digits}f}")
 
 
 def _bounds(found: Interval | None, value: float) -> str:

@@ -1,5 +1,6 @@
 """What a comparison reads of a work directory."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from train.cli import UsageError
+from train.cli import UsageError, user_errors
 from train.config import config_hash
 from train.workdir import read_json, read_metrics
 
@@ -16,11 +17,13 @@ Curve = list[tuple[int, float]]
 """`(step, value)` of a metric in a run."""
 
 # Of result.json: what a comparison needs of every run.
-_NEEDED = (
-    *("name", "preset", "mechanism", "seed", "comparable", "comparability", "primary", "better", "test"),
-    *("baselines", "best_step", "steps", "epochs_to_90_percent_of_best", "seconds_per_step"),
-    *("peak_memory_bytes", "parameters", "devices"),
-)
+_NEEDED = {
+    **dict.fromkeys(("name", "preset", "mechanism", "comparability", "primary", "better", "devices"), str),
+    **dict.fromkeys(("comparable",), bool),
+    **dict.fromkeys(("test", "baselines"), dict),
+    **dict.fromkeys(("seed", "best_step", "steps", "parameters", "peak_memory_bytes"), int),
+    **dict.fromkeys(("epochs_to_90_percent_of_best", "seconds_per_step"), (int, float)),
+}
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,14 @@ def read(folder: Path) -> Run:
     if not (folder / "result.json").exists():
         raise UsageError(f"the run in {folder} is not finished; the command that started it goes on with it")
     result = read_json(folder / "result.json", "run it again")
-    for path, content in (("config.json", config), ("result.json", result)):
+    for name, content in (("config.json", config), ("result.json", result)):
         if not isinstance(content, dict):
-            raise UsageError(f"cannot read {folder / path}: it is no JSON object")
-    if missing := [key for key in _NEEDED if key not in result]:
-        raise UsageError(f"cannot read {folder / 'result.json'}: it has no {', '.join(missing)}")
-    if result["primary"] not in result["test"]:
-        raise UsageError(f"cannot read {folder / 'result.json'}: its test metrics have no {result['primary']}")
+            raise UsageError(f"cannot read {folder / name}: it is no JSON object")
+    _check(folder / "result.json", result)
     examples = _examples(folder / "test_examples.json", result["primary"])
-    return Run(folder, config, result, config_hash(ConfigDict(config)), examples, _curves(folder / "metrics.jsonl"))
+    return Run(
+        folder, config, result, config_hash(ConfigDict(config)), examples, _curves(folder / "metrics.jsonl")
+    )
 
 
 def read_all(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -98,13 +100,23 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     return runs, left_out
 
 
+def _check(path: Path, result: Mapping[str, Any]) -> None:
+    wrong = [key for key, kind in _NEEDED.items() if not isinstance(result.get(key), kind)]
+    if wrong:
+        raise UsageError(f"cannot read {path}: no or unknown {', '.join(wrong)}")
+    value = result["test"].get(result["primary"])
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"cannot read {path}: its test {result['primary']} is {value}")
+
+
 def _examples(path: Path, metric: str) -> np.ndarray | None:
     if not path.exists():
         return None
     values = read_json(path, "run it again")
     if not isinstance(values, dict) or metric not in values:
         raise UsageError(f"cannot read {path}: it has no {metric}")
-    return np.array(values[metric], np.float64)  # None becomes NaN
+    with user_errors(ValueError, TypeError):
+        return np.array(values[metric], np.float64)  # None becomes NaN
 
 
 def _curves(path: Path) -> dict[tuple[str, str], Curve]:

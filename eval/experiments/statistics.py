@@ -68,10 +68,10 @@ def resampled_means(*runs: np.ndarray) -> list[np.ndarray]:
     means = np.empty((len(runs), DRAWS))
     block = max(1, _MAX_WEIGHTS // len(columns))
     for start in range(0, DRAWS, block):
-        drawn = by_seed[start : start + block]
-        by_example = random.multinomial(examples, chances, len(drawn)) / examples
-        for mean, values in zip(means, runs):
-            mean[start : start + block] = np.einsum("ds,se,de->d", drawn, values[:, columns], by_example, optimize=True)
+        seed_weights = by_seed[start : start + block]
+        weights = random.multinomial(examples, chances, len(seed_weights)) / examples
+        for mean, values in zip(means[:, start : start + block], runs):
+            mean[:] = np.einsum("ds,se,de->d", seed_weights, values[:, columns], weights, optimize=True)
     return list(means)
 
 
