@@ -34,6 +34,7 @@ _RC: Any = {
 }
 _DASHES = ("-", "--", ":", "-.")
 _LABEL_WIDTH = 24  # characters of a line of a label
+_RADAR_TITLE = 22
 
 
 def key(section: Section) -> str:
@@ -71,36 +72,36 @@ def curve(section: Section, split: str, metric: str) -> str | None:
 
 def bars(title: str, values: Mapping[str, float], others: Mapping[str, float], errors: Mapping[str, Any]) -> str:
     """Horizontal bars of `values` by label, those of `others` hatched; `errors` are `(low, high)` by label."""
-    labels = [*values, *others]
-    heights = [_wrapped(label).count("\n") + 1 for label in labels]
+    labels = [_wrapped(label).split("\n") for label in (*values, *others)]
+    lengths = [*values.values(), *others.values()]
+    ends = [max(length, *errors.get(label, (0,))) for label, length in zip((*values, *others), lengths)]
+    room = max(*ends, 1e-300)
+    sizes = np.array([len(lines) + 1 for lines in labels])  # in lines of text
+    places = np.cumsum(sizes) - sizes / 2
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        places = np.arange(len(labels))
-        lengths = [*values.values(), *others.values()]
-        styles = [(COLOURS[0], "")] * len(values) + [("#ffffff", "////")] * len(others)
-        for place, length, (colour, hatch) in zip(places, lengths, styles):
-            axes.barh(place, length, 0.6, color=colour, hatch=hatch, edgecolor="#333333", lw=0.6)
-        ends = list(lengths)
-        for place, label in enumerate(labels):
-            if label in errors:
-                low, high = errors[label]
-                axes.plot([low, high], [place, place], "|-", color="#000000", ms=5, lw=1)
-                ends[place] = max(ends[place], high)
-        room = max(max(ends, default=0), 1e-300)
-        for place, length, end in zip(places, lengths, ends):
-            axes.text(end + 0.02 * room, place, number(length), va="center", fontsize=7)
-        axes.set(title=title, yticks=places, yticklabels=map(_wrapped, labels), xlim=(0, 1.22 * room))
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-        axes.tick_params(axis="y", length=0)
+        axes.set(title=title, xlim=(0, 1.22 * room), ylim=(sizes.sum(), 0), yticks=[])
         axes.locator_params(axis="x", nbins=4)
+        for n, place in enumerate(places):
+            look = {"color": COLOURS[0]} if n < len(values) else {"color": "#ffffff", "hatch": "////"}
+            axes.barh(place, lengths[n], 1.2, edgecolor="#333333", lw=0.6, **look)
+            axes.text(ends[n] + 0.02 * room, place, number(lengths[n]), va="center", fontsize=7)
+            for line, text in enumerate(labels[n]):  # one by one: a browser's font aligns them in its own way
+                at = place + line - (len(labels[n]) - 1) / 2
+                where = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+                axes.annotate(text, (0, at), xytext=(-4, 0), ha="right", va="center", **where)
+        for place, label in zip(places, values):
+            if label in errors:
+                axes.plot(errors[label], [place, place], "|-", color="#000000", ms=5, lw=1)
 
-    return _svg(draw, height=0.55 + 0.13 * len(labels) + 0.13 * sum(heights))
+    return _svg(draw, height=0.5 + 0.14 * sizes.sum())
 
 
-def radar(axes_of: Mapping[str, float], reference: Mapping[str, float] | None, title: str) -> str:
-    """Values from 0 to 1 around a circle; those of `reference` dashed."""
+def radar(
+    title: str, axes_of: Mapping[str, float], reference: Mapping[str, float] | None, title_lines: int = 1
+) -> str:
+    """Values from 0 to 1 around a circle, those of `reference` dashed, below room for `title_lines` of title."""
     names = list(axes_of)
     angles = np.linspace(0, 2 * math.pi, len(names), endpoint=False)
 
@@ -120,8 +121,14 @@ def radar(axes_of: Mapping[str, float], reference: Mapping[str, float] | None, t
             axes.text(angle, 1.14, name, rotation=90 * (place % 2), ha="center", va="center", fontsize=7)
         axes.set_title(lines, loc="center", fontsize=8, pad=15)
 
-    lines = _wrapped(title, 22)
+    lines = _wrapped(title, _RADAR_TITLE)
+    lines = "\n" * (title_lines - 1 - lines.count("\n")) + lines
     return _svg(draw, width=1.75, height=2.0 + 0.13 * lines.count("\n"))
+
+
+def radar_title_lines(title: str) -> int:
+    """The lines that `title` takes above a radar chart."""
+    return 1 + _wrapped(title, _RADAR_TITLE).count("\n")
 
 
 def attention(label: str, shown: Map) -> str:
@@ -132,9 +139,9 @@ def attention(label: str, shown: Map) -> str:
         axes = figure.subplots()
         high = max(float(shown.weights.max(initial=0)), 1e-9)
         image = axes.imshow(shown.weights, cmap="Blues", vmin=0, vmax=high, interpolation="nearest")
-        small = {"fontsize": 6.5}
-        axes.set_xticks(range(len(keys)), keys, rotation=90, **small)
-        axes.set_yticks(range(len(queries)), queries, **small)
+        upright = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+        axes.set_xticks(range(len(keys)), keys, fontsize=6.5, **upright)
+        axes.set_yticks(range(len(queries)), queries, fontsize=6.5)
         axes.set(title=f"{_wrapped(label, 40)}\n{shown.module}", xlabel="key", ylabel="query")
         axes.title.set_fontsize(8)
         axes.grid(False)
@@ -169,7 +176,7 @@ def scores(section: Section) -> dict[str, dict[str, float]]:
 def _style(n: int) -> dict[str, Any]:
     return {
         "color": COLOURS[n % len(COLOURS)],
-        "linestyle": _DASHES[(n + n // len(COLOURS)) % len(_DASHES)],
+        "linestyle": _DASHES[(n + n // len(MARKERS)) % len(_DASHES)],  # else like that of n - len(MARKERS)
         "marker": MARKERS[n % len(MARKERS)],
         "markersize": 4,
     }

@@ -1,6 +1,7 @@
 """Where the models of a comparison attend: the weights of every attention module on one test example."""
 
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,9 @@ class Maps:
     without: Mapping[str, str]
 
 
+_run_once = functools.cache(run_file)  # a name cannot be registered twice
+
+
 class _Weights(nnx.Variable):
     """What `attention_weights` gave in a module's last call."""
 
@@ -82,7 +86,7 @@ def _of_section(section: Section, bar: Any) -> Maps:
             if maps:
                 found[setting.label], example = maps, said
             else:
-                without[setting.label] = "it has no attention weights"
+                without[setting.label] = "it gave no attention weights"
         bar.update()
     return Maps(example, found, without)
 
@@ -100,7 +104,7 @@ def of_run(run: Run) -> tuple[list[Map], str]:
     with cli.user_errors(Exception):
         config = _on_one_device(run.config)
         if Path(config.file).is_file():
-            run_file(config.file)  # it may register the task or the mechanism
+            _run_once(config.file)  # it may register the task or the mechanism
         with evaluation.restored(config, run.folder) as restored:
             batch = _first_example(restored.task)
             text = restored.task.example_text(batch, 0)

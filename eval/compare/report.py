@@ -171,10 +171,12 @@ def _chart(title, values, others, errors) -> Figure:
 
 def _radars(section: Section) -> Iterator[Figure]:
     scores = figures.scores(section)
+    lines = max(map(figures.radar_title_lines, scores))
     for setting in section.settings:
         own, reference = scores[setting.label], scores.get(setting.reference or "")
         said = ", ".join(f"{name} {value:.2f}" for name, value in own.items())
-        yield Figure(figures.radar(own, reference, setting.label), f"Radar chart of {setting.label}: {said}")
+        svg = figures.radar(setting.label, own, reference, lines)
+        yield Figure(svg, f"Radar chart of {setting.label}: {said}")
 
 
 def _curves(section: Section) -> Iterator[Figure]:
