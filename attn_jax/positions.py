@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from attn_jax.types import Array, Dtype
+from attn_jax.types import Array, Dtype, check_floating, check_shape
 
 
 def sinusoidal_positions(length: int, dim: int, dtype: Dtype = jnp.float32) -> Array:
@@ -40,8 +40,12 @@ def rotary(x: Array, positions: Array, *, base: float = 10_000.0) -> Array:
       Like `x`; angles are computed in float32.
 
     Raises:
-      ValueError: `E` is odd.
+      ValueError: shapes that do not fit, an odd `E`.
     """
+    check_shape("rotary", "x", x, "(B, L, H, E)", (None,) * 4)
+    check_floating("rotary", "x", x)
+    shared = len(getattr(positions, "shape", ())) < 2
+    check_shape("rotary", "positions", positions, "(L,) or (B, L)", x.shape[1:2] if shared else x.shape[:2])
     if x.shape[-1] % 2:
         raise ValueError(f"rotary: `x` must have an even head width, got shape {x.shape}")
     half = x.shape[-1] // 2

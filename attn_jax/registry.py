@@ -1,6 +1,7 @@
 """The mechanisms by name: what each can do, and how to build one."""
 
 import dataclasses
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -9,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from attn_jax.types import Dtype
+from attn_jax.types import Dtype, check_dtype, check_flag, check_integer
 
 # Arguments that every mechanism takes; what else its constructor takes by keyword are its options.
 _COMMON = ("self", "dim", "num_heads", "causal", "dtype", "param_dtype", "rngs")
@@ -76,18 +77,67 @@ def register[M: Callable[..., Any]](
     masking and `attention_weights` for free.
 
     Raises:
-      ValueError: the name is taken.
+      ValueError: the name is taken or not an identifier, the class lacks what the arguments promise.
     """
 
     def add(module: M) -> M:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"register: `name` must be an identifier such as 'my_attention', got {name!r}")
+        where = f"register: {name!r}"
         if name in _registered:
-            raise ValueError(f"a mechanism named {name!r} is registered already ({_registered[name].module})")
+            raise ValueError(f"register: `name` {name!r} is taken by {_registered[name].module}")
+        if not isinstance(implementations, tuple):
+            raise ValueError(f"register: `implementations` must be a tuple of names, got {implementations!r}")
+        flags = dict(causal=causal, bidirectional=bidirectional, mask=mask, cross=cross, decode=decode)
+        for flag, value in (flags | {"weights": weights}).items():
+            check_flag("register", flag, value)
+        if not (causal or bidirectional) or decode > causal:
+            raise ValueError(
+                f"register: {name!r} must be causal or bidirectional, and causal to decode, got {flags}"
+            )
+        _check_class(where, module, mask=mask, cross=cross, decode=decode, weights=weights)
         _registered[name] = Mechanism(
             name, module, causal, bidirectional, mask, cross, decode, weights, time, memory, implementations
         )
         return module
 
     return add
+
+
+def _check_class(where: str, module: Any, *, mask: bool, cross: bool, decode: bool, weights: bool) -> None:
+    """Raise a `ValueError` unless `module` is a class that can be constructed and called as promised."""
+    if not isinstance(module, type) or not issubclass(module, nnx.Module):
+        raise ValueError(f"{where} must be a subclass of nnx.Module, got {module!r}")
+    constructor, call = inspect.signature(module.__init__), inspect.signature(module.__call__)
+    arguments = {"mask": mask, "context": cross, "context_mask": cross}
+    try:
+        bound = constructor.bind_partial(*_COMMON[:3], **dict.fromkeys(_COMMON[3:]))
+        call.bind_partial(**{argument: None for argument, is_taken in arguments.items() if is_taken})
+    except TypeError as error:
+        wanted = "(dim, num_heads, *, causal, dtype, param_dtype, rngs, **options) and (x, *, mask, ...)"
+        raise ValueError(f"{where} must be constructed and called as {wanted}; its own: {error}") from None
+    for p in constructor.parameters.values():
+        if p.name not in bound.arguments and p.kind is p.POSITIONAL_OR_KEYWORD:
+            raise ValueError(
+                f"{where} must take options by keyword only, got `{p.name}` before the `*` of __init__"
+            )
+    methods = {"init_cache": decode, "step": decode, "attention_weights": weights}
+    if missing := [method for method, is_needed in methods.items() if is_needed and not hasattr(module, method)]:
+        raise ValueError(f"{where} must have the methods of what it supports, got none named {missing[0]}")
+
+
+def _unknown_name(name: Any) -> ValueError:
+    near = difflib.get_close_matches(name.lower(), _registered, n=1) if isinstance(name, str) else []
+    hint = f", did you mean {near[0]!r}?" if near else ";"
+    return ValueError(f"unknown mechanism {name!r}{hint} registered: {', '.join(sorted(_registered))}")
+
+
+def _check_rngs(name: str, rngs: Any) -> None:
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"{name}: `rngs` must be nnx.Rngs, such as nnx.Rngs(0), got {type(rngs).__name__}")
+    if not hasattr(rngs, "params"):
+        streams = ", ".join(rngs) or "none"
+        raise ValueError(f"{name}: `rngs` must have a stream `params`, as nnx.Rngs(0) has, got streams {streams}")
 
 
 def build(
@@ -114,19 +164,24 @@ def build(
       **options: the mechanism's own, see `MECHANISMS[name].options()`.
 
     Raises:
-      ValueError: unknown name or option, a width that the heads do not divide, an unsupported `causal`.
+      ValueError: unknown name or option, a width that the heads do not divide, an unsupported `causal`, types that
+        are not floating point, `rngs` that are no `nnx.Rngs`.
     """
-    if name not in _registered:
-        raise ValueError(f"unknown mechanism {name!r}; registered: {', '.join(sorted(_registered))}")
+    if not isinstance(name, str) or name not in _registered:
+        raise _unknown_name(name)
     mechanism = _registered[name]
     known = mechanism.options()
     unknown = [option for option in options if option not in known]
     if unknown:
         listing = ", ".join(sorted(known)) or "none"
         raise ValueError(f"{name}: unknown option {', '.join(map(repr, unknown))}; its options: {listing}")
-    for argument, value in (("dim", dim), ("num_heads", num_heads)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: `{argument}` must be a positive integer, got {value!r}")
+    check_integer(name, "dim", dim)
+    check_integer(name, "num_heads", num_heads)
+    check_flag(name, "causal", causal)
+    if dtype is not None:
+        check_dtype(name, "dtype", dtype)
+    check_dtype(name, "param_dtype", param_dtype)
+    _check_rngs(name, rngs)
     if dim % num_heads:
         raise ValueError(f"{name}: `dim` must be a multiple of `num_heads`, got {dim} and {num_heads}")
     if not (mechanism.causal if causal else mechanism.bidirectional):

@@ -21,12 +21,15 @@ DEFAULT = {
         "name": "rerank",
         "source": "docstrings",
         "train_dir": "",
+        "pretrained": "",  # work directory of a run, also of another mechanism: its best model is the start
+        "frozen": False,  # of it only mechanism and score head learn on
         "vocab_size": 4_096,
         "max_query_length": 24,
-        "max_length": 96,
-        "buckets": (64, 96),
+        "max_length": 128,
+        "buckets": (64, 128),
         "num_candidates": 100,  # of BM25, to be reordered
         "train_candidates": 8,  # one of them relevant
+        "hard_candidates": 3,  # of BM25, at most; the rest are any
         # How the routers of `maw` are taught: "straight_through" (by the loss itself), or from the "likelihood" or
         # "ndcg" that a depth brings: "supervised", "rule", "grpo", "actor_critic", "exact" (tasks/routing.py).
         "router": {
@@ -34,16 +37,18 @@ DEFAULT = {
             "reward": "likelihood",
             "group": 8,
             "temperature": 0.1,
+            "entropy_weight": 0.0,  # minus the attention's entropy, and its focus on relevant pairs, in the reward
+            "alignment_weight": 0.0,
             "weight": 1.0,
         },
         "num_val": 100,  # queries; 0: all
         "num_test": 0,
     },
-    "model": {"dim": 64, "num_heads": 4, "num_layers": 2, "mlp_dim": 128, "dropout": 0.0},
+    "model": {"dim": 64, "num_heads": 4, "num_layers": 2, "mlp_dim": 128, "dropout": 0.1},
     "batch_size": 16,
     "eval_batch_size": 2,
-    "steps": 1_500,
-    "eval_every": 500,
+    "steps": 1_000,
+    "eval_every": 250,
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "weight_decay": 0.01},
 }
 

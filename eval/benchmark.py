@@ -64,8 +64,7 @@ SAMPLED_QUERIES = 64
 def main(argv: list[str]) -> None:
     """Measures what the command line `argv` (without the program) asks for."""
     args = _parse(argv)
-    with cli.user_errors(OSError):
-        args.out.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(args.out, "--out")
     (_compare_with_peers if args.peers else _benchmark)(args)
 
 

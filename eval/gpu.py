@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     device = re.sub(r"\W+", "-", result["device"]).strip("-").lower()
     stem = args.out / f"gpu_{result['date']}_{device}"
     with cli.user_errors(OSError):
-        args.out.mkdir(parents=True, exist_ok=True)
+        cli.make_folder(args.out, "--out")
         for record in measure(args):
             result["times"].append(record)
             print(" | ".join(row(record).values()), file=sys.stderr, flush=True)

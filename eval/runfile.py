@@ -8,7 +8,7 @@ import numpy as np
 from eval.measure import replace
 from train import sharding
 from train.evaluation import Restored
-from train.tasks.rerank import Rerank
+from train.tasks.rerank import Rerank, score
 
 
 def write(run: Restored, split: str, folder: Path) -> list[Path]:
@@ -21,11 +21,10 @@ def write(run: Restored, split: str, folder: Path) -> list[Path]:
         return []
     lists = task.lists[split]
     module = run.module()
-    score = jax.jit(lambda tokens, mask: module(tokens, mask=mask))
+    scoring = jax.jit(lambda batch: score(module, batch))
     lines, query_ids, query = [], list(lists.collection.queries), 0
     for batch in task.eval_batches(split):
-        placed = sharding.put_batch({name: batch[name] for name in ("tokens", "mask")}, run.mesh)
-        scores = np.asarray(score(placed["tokens"], placed["mask"]))
+        scores = np.asarray(scoring(sharding.put_batch(batch, run.mesh)))
         for row in np.flatnonzero(batch["example_mask"]):
             documents = lists.candidates(query, 0)
             found = scores[row, : len(documents)]

@@ -78,8 +78,7 @@ def _record(args: argparse.Namespace) -> None:
     jobs = list(_jobs(args))
     todo = [job for job in jobs if not is_current(entries.get(job.key), job, code[job.kind])]
     _say(f"{len(jobs) - len(todo)} of {len(jobs)} are recorded in {args.output.with_suffix('.json')}")
-    with cli.user_errors(OSError):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(args.output.parent, "the folder of --output")
     for job, record in _compile_all(todo, args):
         entries[job.key] = _entry(job, record, code[job.kind])
         _write(args.output, entries, code)

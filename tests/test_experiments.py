@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from eval.experiments import grid, slurm, statistics, step_time, video
+from eval.experiments import grid, retrieval, slurm, statistics, step_time, video
 from eval.experiments.__main__ import main
 from eval.experiments.grid import Cell
 from tests import toy
 from train import cli
+from train.tasks.budget import TOLERANCE, num_parameters, within_budget
+from train.tasks.rerank import Rerank
 from train.tasks.video import SlotVideo
 from train.workdir import read_metrics, write_json
 
@@ -109,7 +111,7 @@ def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
 def test_steps_are_timed_in_turn():
     config = toy.get_config()
     config.mesh.data = 1
-    seconds = step_time.step_times({"a": config, "b": config}, 3)
+    seconds = step_time.step_times({"a": config, "b": config}, 3, step_time.training_step)
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     assert step_time.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b").tolist() == [2, 3]
 
@@ -166,6 +168,68 @@ def test_the_report_sets_what_was_measured_beside_the_claims(fabricated):
     assert "reproduced: -27.6%" in report and "contradicted: +0.0%" in report  # lowrank and feature
     assert "contradicted: 1.10x" in report and "reproduced: 1.80x" in report
     assert "mean frame 0.0400" in report and "a machine" in report
+
+
+# The grid of multi-attention-weight attention.
+
+
+def test_every_cell_of_retrieval_is_a_config_of_the_same_size():
+    made = retrieval.cells([0, 1])
+    assert len({cell.name for cell in made}) == len(made) == 2 * len(retrieval.FORMS)
+    for form in retrieval.FORMS:
+        config = retrieval.cell(form, 0).load()
+        task = Rerank(config)
+        task.vocab_size = config.task.vocab_size
+        count = num_parameters(task, within_budget(task, config.parameter_budget))
+        assert abs(count - retrieval.PARAMETERS) < TOLERANCE * retrieval.PARAMETERS, form
+    assert retrieval.cell("maw grpo", 0).load().task.router.method == "grpo"
+    assert retrieval.cell("standard", 0, "parameter_budget=0").load().parameter_budget == 0
+
+
+@pytest.fixture
+def reranked(tmp_path):
+    """Two seeds: the supervised router has the claimed gains, the other none; performer has one seed only."""
+    hits = (np.random.default_rng(0).random(60) < 0.3).astype(float)
+    gains = {"standard": 1.0, "maw supervised": 1.31, "maw grpo": 1.0, "performer": 1.0}
+    for form, gain in gains.items():
+        for seed in (0,) if form == "performer" else (0, 1):
+            folder = tmp_path / retrieval.cell(form, seed).name
+            folder.mkdir()
+            examples = {"hit@1": gain * hits, "mrr@10": hits / 2, "ndcg@10": hits / 2}
+            test = {name: float(values.mean()) for name, values in examples.items()}
+            test |= {f"bm25/{name}": 0.123 for name in examples}
+            if form.startswith("maw"):
+                for layer in (0, 1):
+                    test |= {f"layer {layer}/depth {d}": [0.25, 0.75][(d + seed) % 2] for d in range(2)}
+                    test[f"encoder/transformer/blocks/{layer}/attention/router_entropy"] = 1.5 + layer
+            baselines = {"bm25": 0.123, "perfect order of its candidates": 0.7, "random order of them": 0.2}
+            result = {"test": test, "baselines": baselines, "parameters": 4321, "seconds_per_step": 0.1}
+            result |= {"steps": 10, "compile_seconds": 1.0, "versions": {"jax": "0"}}
+            write_json(folder / "result.json", result)
+            write_json(folder / "test_examples.json", {name: v.tolist() for name, v in examples.items()})
+    groups = {
+        "training": {"standard": [1.0] * 5, "maw grpo": [4.0] * 5},
+        "same width": {"standard": [1.0] * 5},
+        "scoring": {"standard": [0.5] * 5},
+    }
+    machine = {"device": "a machine", "cores": 2, "load": 0.1}
+    write_json(tmp_path / "step_times.json", {"groups": groups, "environment": machine})
+    return tmp_path
+
+
+def test_the_report_of_retrieval_sets_what_was_measured_beside_the_claims(reranked):
+    report, settings = retrieval.report(reranked, [0, 1]), len(retrieval.FORMS)
+    assert f"**{settings - 3} of {settings} settings are not finished.**" in report
+    assert "reproduced: +31.0% [+31.0%, +31.0%]" in report and "contradicted: +0.0%" in report
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.splitlines()]
+    _, cost, *routes = [row for row in rows if row[0] == "maw grpo"]
+    assert cost[1:3] == ["4,321", "4.00x [4.00, 4.00]"]
+    # Depths are ranked within a run: 1 in one and 0 in the other are both its first.
+    assert routes == [["maw grpo", "1", "1.50", "0.75 0.25"], ["maw grpo", "2", "2.50", "0.75 0.25"]]
+    _, cost = [row for row in rows if row[0] == "standard"]
+    assert [float(value) for value in cost[-2:]] == [16, 320]  # 8 queries of 20 candidates in half a second
+    assert "0.123" in report and "0.700" in report and "a machine" in report
+    assert f"**{settings} of {settings} settings are not finished.**" in retrieval.report(reranked, [5])
 
 
 def test_wrong_requests_are_said(tmp_path, capsys):

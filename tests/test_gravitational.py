@@ -257,7 +257,7 @@ def test_the_score_is_finite_for_what_masked_keys_and_bad_queries_have():
     "name,value,words",
     [
         ("log_mass", np.zeros((BATCH, KEYS)), r"`log_mass` must have shape \(B, M, H\) = \(2, 11, 2\)"),
-        ("power", np.ones(3), r"`power` must have shape \(\) or \(H,\) = \(2\)"),
+        ("power", np.ones(3), r"`power` must have shape \(\) or \(H,\) = \(2,\)"),
         ("softening", np.ones((1, 2)), r"`softening` must have shape \(\) or \(H,\)"),
         ("vacuum", np.ones((BATCH, KEYS, HEADS)), r"`vacuum` must have shape \(B, L, H\) = \(2, 5, 2\)"),
         ("mask", np.ones((BATCH, LENGTH), bool), r"`mask` must have shape \(B, M\) = \(2, 11\)"),

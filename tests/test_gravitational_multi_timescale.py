@@ -318,7 +318,7 @@ def test_parameters(decoder, parameters):
         ("v", np.ones((BATCH, LENGTH, 1, WIDTH)), r"`v` must have shape \(B, L, H, E\)"),
         ("log_mass", np.ones((BATCH, LENGTH, HEADS)), r"`log_mass` must have shape \(B, L, T, H\)"),
         ("log_gamma", np.ones(2), r"`log_gamma` must have shape \(T,\) or \(T, H\)"),
-        ("power", np.ones(3), r"`power` must have shape \(\) or \(H,\) = \(2\)"),
+        ("power", np.ones(3), r"`power` must have shape \(\) or \(H,\) = \(2,\)"),
         ("softening", np.ones((1, 2)), r"`softening` must have shape \(\) or \(H,\)"),
         ("mask", np.ones((BATCH, LENGTH)), r"`mask` must be boolean"),
         ("mask", np.ones((BATCH, LENGTH + 1), bool), r"`mask` must have shape"),

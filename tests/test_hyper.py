@@ -331,10 +331,10 @@ def test_memory_is_far_below_a_square():
         (r"`k` has 2 heads, which do not divide the 3 of `q`", {"q": np.ones((1, 5, 3, 4))}),
         (r"causal=True needs as many keys as queries", {"q": np.ones((1, 4, 2, 4)), "causal": True}),
         (r"strict=False needs as many keys as queries", {"q": np.ones((1, 4, 2, 4)), "strict": False}),
-        (r"`block_size` must be an integer >= 1, got 0", {"block_size": 0}),
-        (r"`num_samples` must be an integer >= 1, got 1.5", {"num_samples": 1.5}),
+        (r"`block_size` must be a positive integer, got 0", {"block_size": 0}),
+        (r"`num_samples` must be a positive integer, got 1.5", {"num_samples": 1.5}),
         (r"`min_length` must be an integer >= 0, got -1", {"min_length": -1}),
-        (r"`num_hashes` must be an integer >= 1, got 0", {"num_hashes": 0}),
+        (r"`num_hashes` must be a positive integer, got 0", {"num_hashes": 0}),
         (r"num_hashes=29 supports sequences of up to 2, got 5", {"num_hashes": 29}),
     ],
 )
@@ -345,7 +345,7 @@ def test_errors_name_the_argument(message, changes):
 
 
 def test_module_errors():
-    with pytest.raises(ValueError, match=r"^hyper: `block_size` must be an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"^hyper: `block_size` must be a positive integer, got 0"):
         build(block_size=0)
     module = build(causal=True, strict=False)
     for call in (lambda: module.init_cache(1, 8), lambda: module.step(jnp.ones((1, 1, 8)), None)):

@@ -599,7 +599,7 @@ def test_a_route_can_depend_on_the_example():
         ({"selection": "top2"}, "`selection` must be one of hard, soft, got 'top2'"),
         ({"depth": 0}, "`depth` must be a positive integer, got 0"),
         ({"rank": 1.5}, "`rank` must be a positive integer, got 1.5"),
-        ({"temperature": 0.0}, "`temperature` must be positive, got 0.0"),
+        ({"temperature": 0.0}, "`temperature` must be a positive number, got 0.0"),
         ({"causal": True}, "causal=True is not supported"),
     ],
 )
@@ -611,7 +611,7 @@ def test_options_that_do_not_fit_raise(options, message):
 @pytest.mark.parametrize(
     "depth,message",
     [
-        (np.array([0, 1]), r"`depth` must have shape \(B,\) = \(3\)"),
+        (np.array([0, 1]), r"`depth` must have shape \(B,\) = \(3,\)"),
         (np.zeros(3), "`depth` must be integers, got dtype float64"),
         (np.array([0, DEPTH, 0]), r"`depth` must lie in 0..3, got \[0 4 0\]"),
     ],

@@ -333,10 +333,10 @@ def test_dropout_is_there_in_training_only():
     "make,message",
     [
         (lambda: classifier("max"), "TransformerClassifier: `pool` must be one of cls, first, mean, got 'max'"),
-        (lambda: classifier(norm="mid"), "TransformerBlock: `norm` must be 'pre' or 'post', got 'mid'"),
+        (lambda: classifier(norm="mid"), "TransformerBlock: `norm` must be one of pre, post, got 'mid'"),
         (lambda: classifier(mechanism="nope"), "unknown mechanism 'nope'; registered: .*dual_kv, .*standard"),
-        (lambda: classifier()(np.ones((2, 3))), r"`tokens` must be integers \(B, L\), got float64 \(2, 3\)"),
-        (lambda: classifier()(np.ones(3, int)), r"`tokens` must be integers \(B, L\), got int64 \(3,\)"),
+        (lambda: classifier()(np.ones((2, 3))), "`tokens` must be integers, got dtype float64"),
+        (lambda: classifier()(np.ones(3, int)), r"`tokens` must have shape \(B, L\), got shape \(3,\)"),
         (lambda: classifier()(tokens(), mask=np.ones((2, 3), bool)), r"`mask` must have shape .* = \(2, 7\)"),
         (lambda: classifier()(tokens(), mask=tokens()), "`mask` must be boolean"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import pytrec_eval
@@ -9,12 +10,18 @@ import pytrec_eval
 import eval.__main__
 import train.__main__
 from attn_jax import metrics
-from tests.runs import outcome
+from tests.runs import Stopping, assert_bit_equal, final_state, outcome
 from tests.test_train_cli import complaint
+from train import cli, loop, pretrained, sharding, tasks
+from train import config as configs
+from train.checkpoints import best_arrays
 from train.data import DataError, beir, bpe, corpora, retrieval
 from train.data.batches import plan_batches, plan_iterator
 from train.data.pairs import Lengths, RankedLists
 from train.data.retrieval import Collection
+from train.state import initial_train_state
+from train.tasks.rerank import Rerank
+from train.workdir import open_workdir
 
 CUTOFFS = ("ndcg@10", "mrr@10", "hit@1")
 
@@ -192,7 +199,7 @@ def tokenizer(tmp_path_factory):
 def ranked(tokenizer, tmp_path, num_candidates=None, lengths=None, seed=0):
     lengths = lengths or Lengths(8, 24, (12, 24))
     first = retrieval.bm25(COLLECTION, 4, tmp_path)
-    return RankedLists(COLLECTION, first, tokenizer, lengths, num_candidates, seed)
+    return RankedLists(COLLECTION, first, tokenizer, lengths, num_candidates, seed=seed)
 
 
 def test_a_pair_is_query_and_document_and_is_cut_at_the_end(tokenizer, tmp_path):
@@ -306,3 +313,173 @@ def test_sources_that_are_not_there_are_said(capsys, tmp_path):
     said = complaint(capsys, *config, "--config.task.source=nowhere")
     assert "task.source `nowhere` is neither one of docstrings, news nor a folder" in said
     assert "no room for a query" in complaint(capsys, *config, "--config.task.max_query_length=100")
+
+
+# Runs that go on.
+
+TINY = {
+    "task.vocab_size": 300,
+    "task.num_candidates": 6,
+    "task.num_val": 4,
+    "task.num_test": 4,
+    "model.dim": 8,
+    "model.num_heads": 2,
+    "steps": 4,
+    "eval_every": 2,
+    "mesh.data": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A folder in BEIR's layout, of a few invented texts."""
+    random, known = np.random.default_rng(0), [f"w{i}" for i in range(12)]
+    texts = [" ".join(random.choice(known, 6)) for _ in range(30)]
+    corpus = lines(*({"_id": f"{i:02}", "text": text} for i, text in enumerate(texts)))
+    queries = lines(*({"_id": f"q{i}", "text": " ".join(text.split()[:2])} for i, text in enumerate(texts)))
+    train, test = ("".join(f"q{i}\t{i:02}\t1\n" for i in part) for part in (range(20), range(20, 30)))
+    return write(tmp_path_factory.mktemp("words"), corpus=corpus, queries=queries, train=train, test=test)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATTN_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def reranker_config(words, variant="smoke", **settings):
+    made = TINY | {"task.source": words} | settings
+    return configs.load(f"configs/retrieval_rerank.py:{variant}", [f"--config.{k}={v}" for k, v in made.items()])
+
+
+@pytest.fixture(scope="module")
+def earlier(words, cache, tmp_path_factory):
+    """Work directory of a finished run of standard attention."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    config = reranker_config(words)
+    with open_workdir(folder, config):
+        loop.train(config, folder)
+    return folder
+
+
+def once(build):
+    """`build`, which is called the first time alone and then gives what it gave."""
+    built = []
+
+    def call(*arguments):
+        if not built:
+            built.append(build(*arguments))
+        return built[0]
+
+    return call
+
+
+def test_a_stopped_run_of_grpo_goes_on_to_the_bit(words, cache, tmp_path, monkeypatch):
+    router = {"task.router.method": "grpo", "task.router.entropy_weight": 0.1, "model.dropout": 0.1}
+    small = {"mechanism.depth": 2, "task.router.group": 2, "steps": 3, "eval_every": 3}
+    config = reranker_config(words, "smoke,maw", **router, **small)
+    usual = Rerank.train_iterator
+    # The three runs are one program, compiled once.
+    for owner, name in ((loop.Program, "of"), (loop, "make_eval_step")):
+        monkeypatch.setattr(owner, name, once(getattr(owner, name)))
+    loop.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(cli.Interrupted, match="saved step 2"):
+        patch.setattr(Rerank, "train_iterator", lambda self, seed: Stopping(usual(self, seed), 2))
+        loop.train(config, tmp_path / "stopped")
+    loop.train(config, tmp_path / "stopped")
+    (_, ours, *ended), (_, theirs, *expected) = (final_state(config, tmp_path / n) for n in ("stopped", "whole"))
+    assert_bit_equal(ours, theirs)
+    assert ended[1] == expected[1] and ended[0]["history"] == expected[0]["history"]
+    noise = [leaf for path, leaf in flat(ours.model.rest).items() if "noise" in path and "count" in path]
+    assert noise and all(noise), "the routers drew depths"
+
+
+def flat(tree):
+    """Leaves by path; a file has the index of a list as text."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
+
+
+def starting_state(config, workdir=None):
+    """The state before the first step, and the definition of the model."""
+    task = tasks.prepare(config)
+    with sharding.activate(config) as mesh:
+        program = loop.Program.of(config, task, mesh)
+        state = initial_train_state(task, program.optimizer, config.seed, program.abstract)
+        return task, program, (state if workdir is None else pretrained.start(state, workdir))
+
+
+def test_a_start_from_another_mechanism_takes_what_they_share(words, earlier, caplog):
+    caplog.set_level("INFO", "train")
+    config = reranker_config(words, "smoke,maw", **{"task.pretrained": earlier, "task.source": words})
+    task, _, state = starting_state(config, earlier)
+    assert task.pretrained == earlier
+    ours, theirs = flat(state.model.params), flat(best_arrays(earlier))
+    fresh, taken = flat(starting_state(config)[2].model.params), 0
+    for path, leaf in ours.items():
+        new = any(name in path for name in ("router", "down", "up"))
+        np.testing.assert_array_equal(leaf, fresh[path] if new else theirs[path], err_msg=path)
+        taken += not new
+    assert taken == len(flat(starting_state(reranker_config(words))[2].model.params))
+    assert f"{taken} arrays from the best model in {earlier}; fresh: attention.key.down" in caplog.text
+
+
+def test_what_is_frozen_stays_and_the_mechanism_and_the_head_learn(words, earlier, tmp_path):
+    config = reranker_config(words, **{"task.pretrained": earlier, "task.frozen": True, "model.dropout": 0.1})
+    result = loop.train(config, tmp_path / "run")
+    theirs = flat(best_arrays(earlier))
+    _, state, *_ = final_state(config, tmp_path / "run")
+    learnt, rest = flat(state.model.params), flat(state.model.rest)
+    assert learnt and all(("attention/" in path or "head_" in path) for path in learnt)
+    assert sum(leaf.size for leaf in learnt.values()) == result["parameters"]
+    kept = {path: leaf for path, leaf in rest.items() if path in theirs and leaf.dtype == np.float32}
+    assert set(learnt) | set(kept) == {path for path, leaf in theirs.items() if leaf.dtype == np.float32}
+    for path, leaf in kept.items():
+        np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+    assert any((leaf != theirs[path]).any() for path, leaf in learnt.items())
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        (
+            {"model.dim": 16},
+            r"is another one: encoder.embed.embedding of shape \(300, 16\) is of shape \(300, 8\)",
+        ),
+        (
+            {"model.num_layers": 2},
+            r"encoder.transformer.blocks.1.\S+ of shape \S+ is missing there; start from a run",
+        ),
+        ({"task.vocab_size": 310}, "task.vocab_size must be that of the run in task.pretrained, 300"),
+        ({"task.pretrained": "nowhere"}, "no config.json in nowhere: no run there"),
+        ({"task.pretrained": "", "task.frozen": True}, "task.frozen keeps what task.pretrained brings"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_said(words, earlier, tmp_path, settings, complaint):
+    config = reranker_config(words, **({"task.pretrained": earlier} | settings))
+    with pytest.raises(cli.UsageError, match=complaint):
+        loop.train(config, tmp_path / "run")
+
+
+def test_types_tell_which_tokens_query_and_document_share(tokenizer, tmp_path):
+    (batch,) = plan_batches(ranked(tokenizer, tmp_path), batch_size=4)
+    tokens, types = batch["tokens"][0, 2], batch["types"][0, 2]  # "red fox" and "red fox"
+    first, second = np.flatnonzero(tokens == bpe.SEP_ID)
+    assert types[1:first].tolist() == [2] * (first - 1) and types[first + 1 : second].tolist() == [4] * (first - 1)
+    assert not types[[0, first, second]].any() and not types[second:].any()
+    other = batch["types"][0, 0]  # "red fox" and "red red whale"
+    assert set(other.tolist()) == {0, 1, 2, 3, 4} and (batch["types"][1:] == 0).all()
+
+
+@pytest.mark.parametrize("num_hard", [None, 0, 2])
+def test_of_the_hard_candidates_there_are_as_many_as_asked_for(tokenizer, tmp_path, num_hard):
+    documents = {f"{word}{i}": word for word in ("fox", "frog") for i in range(8)}
+    collection = Collection(documents, {"a": "fox", "b": "frog"}, {"a": {"fox0": 1}, "b": {"frog0": 1}})
+    first = retrieval.bm25(collection, 8, tmp_path)
+    lists = RankedLists(collection, first, tokenizer, Lengths(8, 24, (24,)), 6, num_hard)
+    found = np.array([(lists.candidates(0, step) < 8).sum() - 1 for step in range(50)])
+    if num_hard is None:
+        assert (found == 5).all()
+    else:
+        assert found.min() >= num_hard and found.std() > 0 and found.mean() < 5

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from attn_jax.mechanisms import maw_exploration as exploration
+from attn_jax.mechanisms.maw import AssignedDepth, MultiAttentionWeight
 from attn_jax.models import Reranker
 from train.tasks import rerank, routing
 
@@ -128,6 +129,59 @@ def test_exploring_a_layer_leaves_the_model_and_the_other_layers_alone():
     assert np.abs(other - scores).min() > 1e-4
     assert [layer.assigned for layer in exploration.layers(model)] == [None, None]
     jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def test_the_entropy_of_a_row_is_that_of_its_weights():
+    """Against the dense five-dimensional tensor, with padding."""
+    layer = reranker(num_layers=1).encoder.transformer.blocks[0].attention
+    x = jax.random.normal(jax.random.key(0), (3, LENGTH, 8))
+    mask = np.arange(LENGTH) < np.array([[LENGTH], [3], [1]])
+    weights = np.asarray(layer.depth_weights(x, mask=mask), np.float64)  # (B, H, depth, L, L)
+    entropy = -np.sum(weights * np.log(np.maximum(weights, 1e-300)), axis=-1)
+    rows = (entropy.mean(axis=1) * mask[:, None]).sum(-1) / mask.sum(1, keepdims=True)
+    expected = rows / np.log(np.maximum(mask.sum(1, keepdims=True), 2))
+    # float32: a difference of two numbers around 3
+    np.testing.assert_allclose(routing.row_entropies(layer, x, jnp.asarray(mask)), expected, atol=1e-5)
+    flat = reranker(num_layers=1).encoder.transformer.blocks[0].attention
+    flat.query.kernel[...], flat.query.down[...] = 0 * flat.query.kernel[...], 0 * flat.query.down[...]
+    found = routing.row_entropies(flat, x, jnp.asarray(mask))
+    np.testing.assert_allclose(found, np.repeat([[1.0], [1.0], [0.0]], DEPTH, axis=1), atol=1e-5)
+
+
+def reward(method="exact", projections="lowrank", **weights):
+    tokens, grades, mask = batch()
+    made = functools.partial(routing.router_loss, key=jax.random.key(1), method=method, **weights)
+    model = reranker(projections=projections)
+    return float(
+        nnx.jit(lambda model: made(model, call(tokens), grades, mask, likelihood)[1]["router_reward"])(model)
+    )
+
+
+def test_entropy_and_alignment_are_added_to_the_reward():
+    tokens, grades, mask = batch()
+    model = reranker()
+    with routing.watched(model) as seen:
+        call(tokens)(model)
+    (read,) = seen()
+    assert isinstance(model.encoder.transformer.blocks[0].attention, MultiAttentionWeight), "it is put back"
+    flat = np.asarray(routing.row_entropies(model.encoder.transformer.blocks[0].attention, *read)).mean(1)
+    flat, real = flat[mask.ravel()], (grades > 0).ravel()[mask.ravel()]
+    base = reward()
+    # Every depth is tried once by "exact", so the means over depths are what is added; float32 sums.
+    assert reward(entropy_weight=0.5) - base == pytest.approx(-0.5 * flat.mean(), abs=1e-5)
+    assert reward(alignment_weight=0.5) - base == pytest.approx(0.5 * (real * (1 - flat)).mean(), abs=1e-5)
+
+
+def test_the_depths_that_are_counted_are_those_that_are_taken():
+    tokens, _, _ = batch()
+    model = reranker(num_layers=2)
+    with routing.watched(model) as seen:
+        scores = call(tokens)(model)
+    for layer, read in zip(exploration.layers(model), seen(), strict=True):
+        layer.assigned = AssignedDepth(routing.decisions(layer, *read).argmax(1))
+    np.testing.assert_allclose(call(tokens)(model), scores, atol=1e-6)  # the same program but for the router
+    exploration.layers(model)[1].assigned = AssignedDepth((routing.decisions(layer, *read).argmax(1) + 1) % DEPTH)
+    assert np.abs(call(tokens)(model) - scores).max() > 1e-4
 
 
 def test_settings_that_do_not_fit_are_said():

@@ -586,7 +586,7 @@ def test_a_mesh_changes_nothing_and_gathers_nothing():
         ("`window` must be an integer >= 0", {"window": -1}),
         ("`window` must be an integer >= 0", {"window": 1.5}),
         ("`window` must be an integer >= 0", {"window": (1, 2, 3)}),
-        ("unknown implementation 'fast'", {"implementation": "fast"}),
+        ("`implementation` must be None, .* got 'fast'", {"implementation": "fast"}),
     ],
 )
 def test_errors_name_the_argument(message, changes):

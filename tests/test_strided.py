@@ -168,8 +168,8 @@ def test_no_dense_matrix():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"stride": 0}, "`stride` must be an integer >= 1, got 0"),
-        ({"stride": 1.5}, "`stride` must be an integer >= 1, got 1.5"),
+        ({"stride": 0}, "`stride` must be a positive integer, got 0"),
+        ({"stride": 1.5}, "`stride` must be a positive integer, got 1.5"),
         ({"pattern": "random"}, r"`pattern` must be one of local\+strided, dilated, phase, fixed, got 'random'"),
     ],
 )

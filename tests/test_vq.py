@@ -242,7 +242,7 @@ def test_arguments_that_do_not_fit_raise():
         "`codebook_k` must be a floating-point": lambda: call(codebook_q, codebook_k.astype(int)),
         "`mask` must be boolean": lambda: call(codebook_q, codebook_k, mask=mask.astype(int)),
         "`block_length` must be a positive integer": lambda: call(codebook_q, codebook_k, block_length=0),
-        "unknown implementation": lambda: call(codebook_q, codebook_k, implementation="fast"),
+        "`implementation` must be None": lambda: call(codebook_q, codebook_k, implementation="fast"),
     }
     for words, attempt in wrong.items():
         with pytest.raises(ValueError, match=f"^vq_attention: .*{words}"):

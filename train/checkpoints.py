@@ -87,16 +87,37 @@ def restore_best(workdir: Path, abstract: ModelState) -> ModelState:
     Raises:
       UsageError: there is none.
     """
+    return _read_best(workdir, _model_targets(abstract), _model)
+
+
+def best_arrays(workdir: Path) -> dict[str, Any]:
+    """The arrays of the best model of a run that can be read, by name in nested dictionaries, on the host.
+
+    Raises:
+      UsageError: there is none.
+    """
+    targets: dict[str, Any] = {name: ocp.args.StandardRestore() for name in ("params", "rest")}
+    return _read_best(workdir, targets, lambda found: _merged(found.params, found.rest["variables"]))
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    made = dict(first)
+    for key, value in second.items():
+        made[key] = _merged(made[key], value) if key in made else value
+    return made
+
+
+def _read_best[T](workdir: Path, targets: dict[str, Any], convert: Callable[[Any], T]) -> T:
     folder = (workdir / "checkpoints" / "best").absolute()
     if not folder.is_dir():
         raise UsageError(f"no checkpoint in {workdir}: its run has not been validated yet")
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        targets = ocp.args.Composite(**_model_targets(abstract))
-        model, _ = _newest(manager, lambda step: _model(manager.restore(step, args=targets)))
-    if model is None:
+        items = ocp.args.Composite(**targets)
+        found, _ = _newest(manager, lambda step: convert(manager.restore(step, args=items)))
+    if found is None:
         raise UsageError(f"no checkpoint in {folder} can be read")
-    return model
+    return found
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,19 @@ def user_errors(*types: type[Exception]) -> Iterator[None]:
         yield
     except types as error:
         raise UsageError(str(error) or type(error).__name__) from error
+
+
+def make_folder(path: Path, what: str) -> None:
+    """Makes the folder `path`, which is `what` the user named, and those above it.
+
+    Raises:
+      UsageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error
+        raise UsageError(f"cannot write to {what} {path}: {reason}") from error
 
 
 def run(command: Callable[[list[str]], None], argv: list[str]) -> NoReturn:

@@ -17,7 +17,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 import attn_jax
-from train.cli import UsageError
+from attn_jax.types import check_dtype
+from train.cli import UsageError, user_errors
 
 Config = Any
 """A `ConfigDict`, whose keys a type checker cannot know."""
@@ -66,6 +67,14 @@ COMMON = dict(
     ),
     num_cpu_devices=0,  # CPU devices that share the work; 0: one for each core, as far as the batch divides
 )
+
+# The smallest values of settings that are numbers.
+LEAST = {
+    **dict.fromkeys(("batch_size", "eval_batch_size", "steps", "log_every", "eval_every"), 1),
+    **dict.fromkeys(("seed", "patience", "aux_weight", "num_cpu_devices", "parameter_budget"), 0),
+    **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay"), 0),
+    **dict.fromkeys(("optimizer.b1", "optimizer.b2", "optimizer.eps", "optimizer.clip_norm"), 0),
+}
 
 
 def experiment(
@@ -146,6 +155,7 @@ def load(path: str, overrides: Sequence[str]) -> Config:
         raise UsageError(str(error)) from error
     if unknown:
         raise UsageError(f"unexpected argument `{unknown[0]}` (see --help)")
+    _check_values(config)
     changed = [key for key in differing_keys(to_dict(config), to_dict(plain)) if key != "seed"]
     if changed:
         config.comparable = False
@@ -219,6 +229,18 @@ def _check_key(config: Config, key: str) -> None:
         section, seen = section[part], f"{seen}.{part}"
     if isinstance(section, ConfigDict):
         raise UsageError(f"--config.{key} is a section; set one of its keys: {', '.join(section)}")
+
+
+def _check_values(config: Config) -> None:
+    """Raises a `UsageError` where a setting of `COMMON` is out of its range, before anything is made of it."""
+    values = _flatten(to_dict(config))
+    for key, least in LEAST.items():
+        if key in values and not values[key] >= least:
+            raise UsageError(f"--config.{key} must be at least {least}, got {values[key]}")
+    for key in ("dtype", "param_dtype"):
+        if key in values:
+            with user_errors(ValueError):
+                check_dtype("--config", key, values[key])
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 import attn_jax
 from attn_jax.types import Array
-from train import optimizer, sharding, state, tasks
+from train import optimizer, pretrained, sharding, state, tasks
 from train.checkpoints import Checkpoints, restore_best
 from train.cli import Interrupted, RunError, user_errors
 from train.config import Config, config_hash
@@ -124,7 +124,8 @@ class Trainer:
         self.config, self.workdir, self.task, self.mesh = config, workdir, task, mesh
         self.model, adamw, abstract, self.train_step = Program.of(config, task, mesh)
         self.eval_step = make_eval_step(task, self.model)
-        self.batches = task.train_iterator(config.seed)
+        with user_errors(ValueError):  # batches that do not fit the data
+            self.batches = task.train_iterator(config.seed)
         self._compiled: set[Any] = set()
 
         self.checkpoints = Checkpoints(workdir)
@@ -132,6 +133,8 @@ class Trainer:
         if restored is None:
             self.progress = Progress()
             self.state = state.initial_train_state(task, adamw, config.seed, abstract)
+            if task.pretrained is not None:
+                self.state = pretrained.start(self.state, task.pretrained)
         else:
             self.state, progress, position = restored
             self.progress = Progress(**progress)

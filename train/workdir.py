@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from train.cli import UsageError
+from train.cli import UsageError, make_folder
 from train.config import Config, differing_keys, to_dict
 
 
@@ -29,8 +29,8 @@ def open_workdir(workdir: Path, config: Config) -> Iterator[None]:
     Raises:
       UsageError: it cannot be written, another process uses it, or it holds a run with other settings.
     """
+    make_folder(workdir, "the work directory")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
     except OSError as error:
         raise UsageError(f"cannot write to the work directory {workdir}: {error.strerror or error}") from error

@@ -41,7 +41,7 @@ def check_name(operation: str, implementation: str | None) -> str | None:
     """`implementation`; a `ValueError` if it is neither None nor one of `IMPLEMENTATIONS`."""
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         supported = ", ".join(map(repr, IMPLEMENTATIONS))
-        raise ValueError(f"{operation}: unknown implementation {implementation!r}; supported: None, {supported}")
+        raise ValueError(f"{operation}: `implementation` must be None, {supported}, got {implementation!r}")
     return implementation
 
 
@@ -101,6 +101,8 @@ def over_rows(function: Callable[..., Any], *rows: Any) -> Any:
     """
 
     def one_by_one(*rows: Any) -> Any:
+        if 0 in jax.tree.leaves(rows)[0].shape[:1]:
+            return at_once(*rows)  # there is no first row to loop from
         return jax.lax.map(lambda row: function(*_widen(row)), rows)
 
     def at_once(*rows: Any) -> Any:

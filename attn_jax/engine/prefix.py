@@ -38,7 +38,16 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from attn_jax.engine import dispatch
-from attn_jax.types import NEG_INF, Array, Dtype, check_mask, check_shape
+from attn_jax.types import (
+    NEG_INF,
+    Array,
+    Dtype,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_mask,
+    check_shape,
+)
 
 type FeatureMap = Callable[[Array, Any], tuple[Array, Array]]
 """`feature(x, parameters)`: `x` `(tile, E)` to a log-scale `(tile,)` and features `(F, tile)` >= 0, in the dtype
@@ -111,10 +120,9 @@ def linear_attention(
     check_shape(operation, "v", v, "(B, M, H, V)", (*k.shape[:3], None))
     check_mask(operation, "mask", mask, "(B, M)", k.shape[:2])
     for name, array in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{operation}: `{name}` must be a floating-point array, got dtype {array.dtype}")
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"{operation}: `chunk` must be a positive integer, got {chunk!r}")
+        check_floating(operation, name, array)
+    check_flag(operation, "causal", causal)
+    check_integer(operation, "chunk", chunk)
 
     q, k, v, parameters = jax.tree.map(jnp.asarray, (q, k, v, parameters))  # NumPy's float64 narrows here
     dtype = jnp.result_type(jnp.float32, q, k, v, *jax.tree.leaves(parameters))

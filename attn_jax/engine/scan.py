@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from attn_jax.engine import dispatch
 from attn_jax.engine.exponential import exp
-from attn_jax.types import Array, check_mask, check_shape
+from attn_jax.types import Array, check_floating, check_integer, check_mask, check_shape
 from pallas_kernels.hardware import Hardware
 
 # Steps between two kept states. The backward pass on a CPU holds the states of one interval and one block of
@@ -85,10 +85,7 @@ def selective_scan(
     check_shape(name, "u", u, "(B, L, E)", (None, None, None))
     check_shape(name, "a", a, "(E, N)", (u.shape[2], None))
     (batch, length, channels), states = u.shape, a.shape[1]
-    if not length:
-        raise ValueError(f"{name}: `u` must have at least one token, got shape {u.shape}")
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"{name}: `chunk` must be a positive integer, got {chunk!r}")
+    check_integer(name, "chunk", chunk)
     check_shape(name, "delta", delta, "(B, L, E)", u.shape)
     check_shape(name, "b", b, "(B, L, N)", (batch, length, states))
     check_shape(name, "c", c, "(B, L, N)", (batch, length, states))
@@ -99,8 +96,7 @@ def selective_scan(
         check_shape(name, "initial_state", initial_state, "(B, E, N)", (batch, channels, states))
         given["initial_state"] = initial_state
     for argument, array in given.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: `{argument}` must be a floating-point array, got dtype {array.dtype}")
+        check_floating(name, argument, array)
 
     given = jax.tree.map(jnp.asarray, given)  # NumPy's float64 becomes JAX's default here
     u, delta, a, b, c, d = (given[argument] for argument in ("u", "delta", "a", "b", "c", "d"))
@@ -109,6 +105,8 @@ def selective_scan(
         # delta = 0 keeps the state: exp(0) h + 0.
         u, delta, b, c = (jnp.where(mask[:, :, None], x, 0) for x in (u, delta, b, c))
     start = jnp.zeros((batch, channels, states), dtype) if initial_state is None else initial_state
+    if not batch * length:  # nothing to compute
+        return jnp.zeros_like(u), jnp.asarray(start, dtype)
     choice = dispatch.choose(
         name, implementation, lambda hardware: _kernels().unsupported(dtype, states, hardware)
     )

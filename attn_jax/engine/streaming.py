@@ -23,7 +23,7 @@ engine gives their gradients.
 
 import functools
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ from attn_jax.engine.plan import (
     sum_groups,
     tiles,
 )
-from attn_jax.types import NEG_INF, Array, Window, check_mask, check_shape
+from attn_jax.types import NEG_INF, Array, Window, check_flag, check_floating, check_mask, check_shape, is_integer
 from pallas_kernels.hardware import Hardware
 
 # No sequence is wider, and position + window must not overflow int32.
@@ -78,6 +78,7 @@ def attend(
     scale: float | None = None,
     implementation: str | None = None,
     operation: str = "attend",
+    suffixes: Sequence[str] | None = None,
     forward_tile: tuple[int, int] | None = None,
     backward_tile: tuple[int, int] | None = None,
 ) -> Attended:
@@ -98,6 +99,7 @@ def attend(
       scale: multiplies `q` (None: 1).
       implementation: see `attn_jax.types.Implementation`; None to choose.
       operation: name used in errors and in the log.
+      suffixes: of the names of each stream's arguments in errors, see `check_operands`.
       forward_tile, backward_tile: (queries, keys) per tile of the "xla" path, None to choose; no effect on the
         result.
 
@@ -106,12 +108,13 @@ def attend(
       NotImplementedError: a fused kernel is asked for.
     """
     dispatch.check_name(operation, implementation)
+    check_flag(operation, "causal", causal)
     left, right = (None, None) if window is None else check_window(operation, window)
     if causal:
         right = 0 if right is None else min(right, 0)
     forward, backward = tiles(left, right)
     cut = forward_tile or forward, backward_tile or backward
-    check_operands(operation, q, streams, query_features)
+    check_operands(operation, q, streams, query_features, suffixes)
     plans = tuple(Plan(score, *((left, right) if s.ordered else (None, None)), s.ordered, *cut) for s in streams)
     streams = [s._replace(ordered=None) for s in streams]  # static, and not an array of the pytree
     if reach is not None:
@@ -179,17 +182,39 @@ def dense_weights(q: Array, streams: Sequence[Stream], **options: Any) -> Array:
 def check_window(where: str, window: Window) -> tuple[int, int]:
     """The window as a pair `(left, right)`; a `ValueError` unless both are integers >= 0."""
     pair = window if isinstance(window, Sequence) else (window, window)
-    if len(pair) != 2 or any(not isinstance(w, Integral) or w < 0 for w in pair):
+    if len(pair) != 2 or any(not is_integer(w) or w < 0 for w in pair):
         raise ValueError(f"{where}: `window` must be an integer >= 0 or a pair of them, got {window!r}")
     return min(int(pair[0]), _WIDEST), min(int(pair[1]), _WIDEST)
 
 
-def check_operands(operation: str, q: Array, streams: Sequence[Stream], query_features: Features = ()) -> None:
-    """Raise a `ValueError` where the arguments of `attend` do not fit together."""
+def logit_scale(where: str, width: int, scale: float | None) -> float:
+    """`scale`, or `1 / sqrt(E)` of the head width `E` where it is None; a `ValueError` unless it is a scalar."""
+    if scale is None:
+        return max(width, 1) ** -0.5
+    shape = () if isinstance(scale, Real) else getattr(scale, "shape", None)
+    if shape != ():
+        got = f"{scale!r}" if shape is None else f"shape {shape}"
+        raise ValueError(f"{where}: `scale` must be a number or None for 1 / sqrt(E), got {got}")
+    return scale
+
+
+def check_operands(
+    operation: str,
+    q: Array,
+    streams: Sequence[Stream],
+    query_features: Features = (),
+    suffixes: Sequence[str] | None = None,
+) -> None:
+    """Raise a `ValueError` where the arguments of `attend` do not fit together.
+
+    `suffixes` tell the streams' arguments apart by name; None: "1", "2", ... where there are several.
+    """
+    if suffixes is None:
+        suffixes = [""] if len(streams) == 1 else [str(n + 1) for n in range(len(streams))]
     check_shape(operation, "q", q, "(B, L, H, E)", (None,) * 4)
     batch, length, heads, width = q.shape
-    for n, s in enumerate(streams):
-        suffix = "" if len(streams) == 1 else str(n + 1)
+    floating = [("q", q)]
+    for suffix, s in zip(suffixes, streams):
         check_shape(operation, f"k{suffix}", s.keys, "(B, M, H, E)", (batch, None, None, width))
         keys, key_heads = s.keys.shape[1:3]
         if key_heads == 0 or heads % key_heads:
@@ -202,12 +227,12 @@ def check_operands(operation: str, q: Array, streams: Sequence[Stream], query_fe
             check_shape(operation, "key feature", feature, "(B, M, H)", (batch, keys, heads))
         for end in s.span or ():
             check_shape(operation, f"span{suffix}", end, "(B, L, H)", (batch, length, heads))
+        named = (("k", s.keys), ("v", s.values), ("bias", s.bias))
+        floating += [(name + suffix, array) for name, array in named if array is not None]
     for feature in query_features:
         check_shape(operation, "query feature", feature, "(B, L, H)", (batch, length, heads))
-    named = [(n, a) for s in streams for n, a in (("k", s.keys), ("v", s.values), ("bias", s.bias))]
-    for name, array in [("q", q), *named]:
-        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{operation}: `{name}` must be a floating-point array, got dtype {array.dtype}")
+    for name, array in floating:
+        check_floating(operation, name, array)
 
 
 def _clean(stream: Stream, dtype: Any) -> Stream:

@@ -5,11 +5,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from attn_jax.engine import dispatch
 from attn_jax.engine.streaming import Stream, attend
 from attn_jax.positions import rotary
-from attn_jax.types import Array, Dtype, check_mask, check_shape
+from attn_jax.types import (
+    Array,
+    Dtype,
+    check_dtype,
+    check_floating,
+    check_integer,
+    check_mask,
+    check_positive,
+    check_shape,
+)
 
 
 class KeyValueCache(NamedTuple):
@@ -170,9 +180,56 @@ class Attention(nnx.Module):
         """`implementation`, after an error if there is none of that name."""
         return dispatch.check_name(self.mechanism, implementation)
 
+    # Decoding: mechanisms that can write these three.
+
+    def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> Any:
+        """An empty cache for `step`, for sequences of up to `max_length` tokens."""
+        raise NotImplementedError(f"{self.mechanism}: `init_cache` is not supported, it cannot decode")
+
+    def step(self, x: Array, cache: Any) -> tuple[Array, Any]:
+        """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the cache that holds it."""
+        raise NotImplementedError(f"{self.mechanism}: `step` is not supported, it cannot decode")
+
+    def cache_slots(self, max_length: int) -> int:
+        """How many past tokens `step` can need."""
+        return max_length
+
+    def check_init_cache(self, batch: int, max_length: int, dtype: Dtype) -> None:
+        """Raise a `ValueError` unless these are arguments of `init_cache` for a causal module."""
+        self.require_causal("init_cache")
+        check_integer(self.mechanism, "batch", batch, 0)
+        check_integer(self.mechanism, "max_length", max_length)
+        check_dtype(self.mechanism, "dtype", dtype)
+
+    def check_step(self, x: Array, cache: Any) -> None:
+        """Raise a `ValueError` unless `x` is one token for each sequence of `cache`, which is of `init_cache`.
+
+        A cache that is full is found out where its length is known, which it is not under `jit`.
+        """
+        self.require_causal("step")
+        name = self.mechanism
+        shape = getattr(next(iter(jax.tree.leaves(cache)), None), "shape", ())
+        batch, slots = shape[:2] if len(shape) > 1 else (1, 1)
+        fresh = jax.eval_shape(lambda: self.init_cache(batch, max(slots, 1)))
+        if jax.tree.structure(cache) != jax.tree.structure(fresh):
+            wanted, got = type(fresh).__name__, type(cache).__name__
+            raise ValueError(f"{name}: `cache` must be the {wanted} of this module's `init_cache`, got a {got}")
+        leaves = zip(jax.tree_util.tree_leaves_with_path(cache), jax.tree.leaves(fresh))
+        for (path, given), wanted in leaves:
+            part = f"cache{jax.tree_util.keystr(path)}"
+            check_shape(name, part, given, "that of this module's `init_cache`", wanted.shape)
+        check_tokens(name, "x", x, "(B, 1, D)", (batch, 1, self.dim))
+        is_ring = self.cache_slots(slots + 1) <= slots
+        for part in jax.tree.leaves(cache, is_leaf=lambda node: isinstance(node, KeyValueCache)):
+            known = isinstance(part, KeyValueCache) and not isinstance(part.length, Tracer)
+            if known and not is_ring and part.length >= slots:
+                raise ValueError(
+                    f"{name}: `cache` is full: it holds {part.length} tokens, `init_cache` made it for {slots}"
+                )
+
     def require_causal(self, what: str) -> None:
         if not self.causal:
-            raise ValueError(f"{self.mechanism}: `{what}` needs causal=True")
+            raise ValueError(f"{self.mechanism}: `{what}` needs causal=True, got causal=False")
 
 
 class ProjectedAttention(Attention):
@@ -197,11 +254,12 @@ class ProjectedAttention(Attention):
     ):
         super().__init__(dim, num_heads, causal=causal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.implementation = self.checked(implementation)
-        if rope_base is not None and (rope_base <= 0 or self.head_dim % 2):
-            raise ValueError(
-                f"{self.mechanism}: `rope_base` must be positive and needs an even head width,"
-                f" got {rope_base!r} and width {self.head_dim}"
-            )
+        if rope_base is not None:
+            check_positive(self.mechanism, "rope_base", rope_base)
+            if self.head_dim % 2:
+                raise ValueError(
+                    f"{self.mechanism}: `rope_base` needs an even head width, got dim={dim}, num_heads={num_heads}"
+                )
         self.rope_base = rope_base
         self.query = self.linear(dim, dim, ("embed", "heads"), rngs)
         self.key = self.linear(dim, dim, ("embed", "heads"), rngs)
@@ -232,25 +290,25 @@ class ProjectedAttention(Attention):
         """Queries of `x`, keys and values of `source`; `position` is that of the first token."""
         q, k, v = self.split_heads(self.query(x)), self.split_heads(self.key(source)), self.value(source)
         if self.rope_base is not None:
-            if source is not x:
-                raise ValueError(f"{self.mechanism}: `context` has no positions that `rope_base` could turn by")
             positions = position + jnp.arange(x.shape[1])
             q, k = (rotary(array, positions, base=self.rope_base) for array in (q, k))
         return q, k, self.split_heads(v)
 
-    def cache_slots(self, max_length: int) -> int:
-        """How many past tokens `step` can need."""
-        return max_length
+    def prepare(
+        self, x: Array, mask: Array | None, context: Array | None, context_mask: Array | None
+    ) -> tuple[Array, Array | None, Array | None]:
+        if context is not None and self.rope_base is not None:
+            raise ValueError(f"{self.mechanism}: `context` has no positions that `rope_base` could turn by")
+        return super().prepare(x, mask, context, context_mask)
 
     def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> KeyValueCache:
         """An empty cache for `step`, for sequences of up to `max_length` tokens."""
-        self.require_causal("init_cache")
+        self.check_init_cache(batch, max_length, dtype)
         return KeyValueCache.empty(batch, self.cache_slots(max_length), self.num_heads, self.head_dim, dtype)
 
     def step(self, x: Array, cache: KeyValueCache) -> tuple[Array, KeyValueCache]:
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the cache that holds it."""
-        self.require_causal("step")
-        check_tokens(self.mechanism, "x", x, "(B, 1, D)", (cache.keys.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         q, k, v = self.project(x, x, cache.length)
         cache, filled = cache.append(k, v)
         o = self.recall(q, cache, filled)
@@ -264,8 +322,7 @@ class ProjectedAttention(Attention):
 
 def check_tokens(where: str, name: str, x: Any, expected: str, sizes: tuple[int | None, ...]) -> None:
     check_shape(where, name, x, expected, sizes)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{where}: `{name}` must be a floating-point array, got dtype {x.dtype}")
+    check_floating(where, name, x)
 
 
 def zero_masked(x: Array, mask: Array | None) -> Array:

@@ -21,10 +21,10 @@ from flax import nnx
 
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.streaming import Stream, dense_weights
-from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, check_tokens, logical_axes
+from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, logical_axes
 from attn_jax.mechanisms.standard import standard_attention
 from attn_jax.registry import register
-from attn_jax.types import Array, Dtype
+from attn_jax.types import Array, Dtype, check_flag, check_integer, check_number
 
 
 def fuse(local: Array, memory: Array, ratio: Array | float) -> Array:
@@ -92,10 +92,11 @@ class CrossMemoryAttention(ProjectedAttention):
             implementation=implementation,
             rngs=rngs,
         )
-        if not 0 <= fusion_ratio <= 1:
-            raise ValueError(f"cross_memory: `fusion_ratio` must be from 0 to 1, got {fusion_ratio!r}")
-        if not isinstance(num_slots, int) or num_slots < 0:
-            raise ValueError(f"cross_memory: `num_slots` must be an integer >= 0, got {num_slots!r}")
+        name = self.mechanism
+        check_number(name, "fusion_ratio", fusion_ratio, "from 0 to 1", lambda ratio: 0 <= ratio <= 1)
+        check_flag(name, "gate", gate)
+        check_flag(name, "residual", residual)
+        check_integer(name, "num_slots", num_slots, 0)
         if residual and (gate or fusion_ratio != 1):
             raise ValueError(
                 "cross_memory: `residual` adds x to what is read, it takes fusion_ratio=1 and gate=False,"
@@ -159,8 +160,7 @@ class CrossMemoryAttention(ProjectedAttention):
         if self.slots is None:
             read, cache = super().step(x, cache)
             return self._fuse(x, read), cache
-        self.require_causal("step")
-        check_tokens(self.mechanism, "x", x, "(B, 1, D)", (cache.keys.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         # Tokens read the slots and not each other: nothing has to be kept.
         return self(x), cache._replace(length=cache.length + 1)
 

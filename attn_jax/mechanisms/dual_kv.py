@@ -16,7 +16,7 @@ stream has half the key heads, shared by pairs of query heads) and `"lowrank"` (
 cost `4 D^2` exactly, so that a comparison with standard attention is fair.
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,10 +25,10 @@ from jax import lax
 from attn_jax.aux import AuxMetric, record
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.plan import add_key_feature
-from attn_jax.engine.streaming import Attended, Stream, attend, dense_weights
-from attn_jax.mechanisms.base import Attention, KeyValueCache, check_tokens, logical_axes
+from attn_jax.engine.streaming import Attended, Stream, attend, check_operands, dense_weights, logit_scale
+from attn_jax.mechanisms.base import Attention, KeyValueCache, logical_axes
 from attn_jax.registry import register
-from attn_jax.types import Array, Dtype, check_shape
+from attn_jax.types import Array, Dtype, check_choice, check_flag, check_shape
 
 Merge = Literal["sequence", "feature"]
 ParamMode = Literal["full", "grouped", "lowrank"]
@@ -67,6 +67,7 @@ def dual_kv_attention(
       ValueError: arguments that do not fit together, or an unknown implementation.
       NotImplementedError: an implementation that does not exist for this operation.
     """
+    check_operands("dual_kv_attention", q, [Stream(k1, v1, mask1), Stream(k2, v2, mask2)])
     streams = _streams(q.shape[2], (k1, v1, mask1), (k2, v2, mask2), stream_bias)
     return _attend(q, streams, causal=causal, scale=scale, implementation=implementation).out
 
@@ -95,7 +96,7 @@ def _attend(
         streams,
         score=add_key_feature if streams[0].features else None,
         causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=logit_scale("dual_kv_attention", q.shape[-1], scale),
         implementation=implementation,
         operation="dual_kv_attention",
     )
@@ -154,8 +155,9 @@ class DualKVAttention(Attention):
     ):
         super().__init__(dim, num_heads, causal=causal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         for name, value, known in (("merge", merge, Merge), ("param_mode", param_mode, ParamMode)):
-            if value not in get_args(known):
-                raise ValueError(f"dual_kv: `{name}` must be one of {', '.join(get_args(known))}, got {value!r}")
+            check_choice("dual_kv", name, value, known)
+        if stream_bias is not None:
+            check_flag("dual_kv", "stream_bias", stream_bias)
         if merge == "feature" and (param_mode != "full" or stream_bias or self.head_dim % 2):
             raise ValueError(
                 "dual_kv: merge='feature' has one stream of two halves: it takes param_mode='full', no stream "
@@ -235,7 +237,7 @@ class DualKVAttention(Attention):
 
     def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> DualCache:
         """An empty cache for `step`, for sequences of up to `max_length` tokens."""
-        self.require_causal("init_cache")
+        self.check_init_cache(batch, max_length, dtype)
         _, streams = self._project(jnp.zeros((1, 1, self.dim), self.param_dtype), None, None, None)
         heads = streams[0].keys.shape[2]
         caches = [KeyValueCache.empty(batch, max_length, heads, self.head_dim, dtype) for _ in streams]
@@ -243,8 +245,7 @@ class DualKVAttention(Attention):
 
     def step(self, x: Array, cache: DualCache) -> tuple[Array, DualCache]:
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the cache that holds it."""
-        self.require_causal("step")
-        check_tokens("dual_kv", "x", x, "(B, 1, D)", (cache.first.keys.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         q, streams = self._project(x, None, None, None)
         appended = [c.append(s.keys, s.values) for c, s in zip(cache, streams)]
         bias = None if self.stream_bias is None else self.stream_bias[...]

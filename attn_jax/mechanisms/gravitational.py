@@ -39,7 +39,7 @@ against 0.92 for scaled dot products, which is why `p` is learned.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +53,9 @@ from attn_jax.engine.gravity import SCALE, gravity_features, inverse_softplus, l
 from attn_jax.engine.plan import Features
 from attn_jax.engine.prefix import LinearState, linear_attention
 from attn_jax.engine.streaming import Stream, attend
-from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, check_tokens, logical_axes, zero_masked
+from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, logical_axes, zero_masked
 from attn_jax.registry import register
-from attn_jax.types import NEG_INF, Array, Dtype, check_shape
+from attn_jax.types import NEG_INF, Array, Dtype, check_choice, check_integer, check_positive, check_shape
 
 Field = Literal["vacuum", "potential", "normalised"]
 Form = Literal["exact", "features"]
@@ -279,13 +279,9 @@ class GravitationalAttention(ProjectedAttention):
             rngs=rngs,
         )
         for name, value, known in (("field", field, Field), ("form", form, Form)):
-            if value not in get_args(known):
-                raise ValueError(
-                    f"gravitational: `{name}` must be one of {', '.join(get_args(known))}, got {value!r}"
-                )
+            check_choice("gravitational", name, value, known)
         for name, value in (("power", power), ("softening", softening)):
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ValueError(f"gravitational: `{name}` must be a positive number, got {value!r}")
+            check_positive("gravitational", name, value)
         if form == "features" and field == "potential":
             raise ValueError(
                 "gravitational: form='features' takes field='vacuum' or 'normalised', which are linear in the "
@@ -295,8 +291,8 @@ class GravitationalAttention(ProjectedAttention):
             raise ValueError("gravitational: `implementation` is for form='exact', form='features' has only one")
         if form == "exact" and num_features is not None:
             raise ValueError("gravitational: `num_features` is for form='features', form='exact' has none")
-        if num_features is not None and (not isinstance(num_features, int) or num_features < 1):
-            raise ValueError(f"gravitational: `num_features` must be a positive integer, got {num_features!r}")
+        if num_features is not None:
+            check_integer("gravitational", "num_features", num_features)
         self.field: Field = field
         self.form: Form = form
 
@@ -429,7 +425,7 @@ class GravitationalAttention(ProjectedAttention):
 
     def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> KeyValueCache | LinearState:
         """An empty cache for `step`; that of form="features" is float32, its size independent of `max_length`."""
-        self.require_causal("init_cache")
+        self.check_init_cache(batch, max_length, dtype)
         heads, width = self.num_heads, self.head_dim
         if self.form == "features":
             return _empty_state(batch, heads, self.num_features, width, self.field == "vacuum")
@@ -437,8 +433,7 @@ class GravitationalAttention(ProjectedAttention):
 
     def step(self, x: Array, cache: Any) -> tuple[Array, Any]:
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the cache that holds it."""
-        self.require_causal("step")
-        check_tokens("gravitational", "x", x, "(B, 1, D)", (cache[0].shape[0], 1, self.dim))
+        self.check_step(x, cache)
         q, k, v, log_mass, strength = self._operands(x, x)
         if isinstance(cache, LinearState):
             vacuum = self._vacuum(strength)

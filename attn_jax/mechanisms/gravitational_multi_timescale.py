@@ -15,8 +15,6 @@ constant `G` and the mass of the query cancel; here they do not exist. The singu
 grows without bound, is softened by `eps` (Plummer 1911), 1 at first; `p` is 2 at first.
 """
 
-import math
-
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -35,7 +33,7 @@ from attn_jax.mechanisms.timescales import (
     unfold,
 )
 from attn_jax.registry import register
-from attn_jax.types import Array, Dtype, check_mask, check_shape
+from attn_jax.types import Array, Dtype, check_mask, check_positive, check_shape
 
 
 def gravitational_multi_timescale_attention(
@@ -185,10 +183,7 @@ class GravitationalMultiTimescaleAttention(TimescaleAttention):
             rngs=rngs,
         )
         for name, value in (("power", power), ("softening", softening)):
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(
-                    f"gravitational_multi_timescale: `{name}` must be a positive number, got {value!r}"
-                )
+            check_positive(self.mechanism, name, value)
         self.query = self.linear(dim, dim, ("embed", "heads"), rngs)
         self.key = self.linear(dim, dim, ("embed", "heads"), rngs)
         self.value = self.linear(dim, dim, ("embed", "heads"), rngs)

@@ -31,19 +31,19 @@ code uniformly.)
 
 import dataclasses
 import functools
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from attn_jax.engine.plan import accumulation
-from attn_jax.engine.streaming import Features, Stream, attend
-from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, check_tokens
+from attn_jax.engine.streaming import Features, Stream, attend, logit_scale
+from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention
 from attn_jax.registry import register
-from attn_jax.types import NEG_INF, Array, Dtype, check_mask, check_shape
+from attn_jax.types import NEG_INF, Array, Dtype, check_flag, check_integer, check_mask, check_shape
 
 # (queries, keys): small tiles of queries meet few blocks that are not theirs.
 _FORWARD_TILE = (128, 256)
@@ -110,12 +110,15 @@ def hyper_attention(
         )
     options = {"block_size": block_size, "num_samples": num_samples, "min_length": min_length}
     _check_options(where, num_hashes=num_hashes, **options)
-    longest = 2 ** (30 - num_hashes)
+    _check_key(where, key)
+    check_flag(where, "causal", causal)
+    check_flag(where, "strict", strict)
+    longest = 2 ** (_MOST_HASHES - num_hashes)
     if max(length, keys) > longest:
         raise ValueError(
             f"{where}: num_hashes={num_hashes} supports sequences of up to {longest}, got {max(length, keys)}"
         )
-    factor = width**-0.5 if scale is None else scale
+    factor = logit_scale(where, width, scale)
     if keys <= min_length or (causal and keys <= block_size):
         return attend(q, [Stream(k, v, mask)], causal=causal, scale=factor, operation=where).out
     k, v = (jnp.repeat(x, heads // key_heads, axis=2) for x in (k, v))
@@ -130,11 +133,21 @@ def hyper_attention(
     return _estimate(sketch, q, k, v, position, index, mask, query_mask, exact=min_length, scale=factor)[0]
 
 
+# Bucket and index of a key are one positive int32.
+_MOST_HASHES = 30
+
+
 def _check_options(where: str, **options: int) -> None:
     for name, value in options.items():
-        least = 0 if name == "min_length" else 1
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{where}: `{name}` must be an integer >= {least}, got {value!r}")
+        check_integer(where, name, value, 0 if name == "min_length" else 1)
+    if options["num_hashes"] > _MOST_HASHES:
+        raise ValueError(f"{where}: `num_hashes` must be at most {_MOST_HASHES}, got {options['num_hashes']}")
+
+
+def _check_key(where: str, key: Any) -> None:
+    dtype = key.dtype if isinstance(key, jax.Array | np.ndarray) else np.dtype(object)
+    if dtype != jnp.uint32 and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ValueError(f"{where}: `key` must be a key of jax.random, got a value of type {type(key).__name__}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,6 +409,7 @@ class HyperAttention(ProjectedAttention):
             "num_hashes": num_hashes,
         }
         _check_options("hyper", **self.options)
+        check_flag("hyper", "strict", strict)
         self.strict = strict
         self.sketch_key = SketchKey(jax.random.key_data(rngs.params()))
 
@@ -439,7 +453,7 @@ class HyperAttention(ProjectedAttention):
           ValueError: causal=False or strict=False.
         """
         self._require_strict("step")
-        check_tokens("hyper", "x", x, "(B, 1, D)", (cache.keys.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         q, k, v = self.project(x, x)
         t, slots = cache.length, cache.keys.shape[1]
         cache, filled = cache.append(k, v)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
-from attn_jax.engine.streaming import Stream, attend, check_window, dense_weights
+from attn_jax.engine.streaming import Stream, attend, check_operands, check_window, dense_weights, logit_scale
 from attn_jax.mechanisms.base import ProjectedAttention
 from attn_jax.registry import register
 from attn_jax.types import Array, Dtype, Window
@@ -52,14 +52,16 @@ def local_attention(
       ValueError: arguments that do not fit together, or an unknown implementation.
       NotImplementedError: an implementation that does not exist for this operation.
     """
+    operation = "local_attention"
+    check_operands(operation, q, [Stream(k, v, mask)])
     return attend(
         q,
         [Stream(k, v, mask)],
         causal=causal,
-        window=check_window("local_attention", window),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        window=check_window(operation, window),
+        scale=logit_scale(operation, q.shape[-1], scale),
         implementation=implementation,
-        operation="local_attention",
+        operation=operation,
     ).out
 
 

@@ -20,7 +20,7 @@ where the other has no key. Its window of width `w` is `window = w // 2` here. W
 inside of the window counts once.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,10 +28,10 @@ from jax import lax
 
 from attn_jax.aux import AuxMetric, record
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
-from attn_jax.engine.streaming import Stream, attend, check_window
+from attn_jax.engine.streaming import Stream, attend, check_operands, check_window, logit_scale
 from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention, logical_axes
 from attn_jax.registry import register
-from attn_jax.types import NEG_INF, Array, Dtype, Window, check_shape
+from attn_jax.types import NEG_INF, Array, Dtype, Window, check_choice, check_integer, check_shape
 
 Combine = Literal["joint", "average"]
 Globals = Literal["latent", "first"]
@@ -73,7 +73,7 @@ def local_global_attention(
       NotImplementedError: an implementation that does not exist for this operation.
     """
     name = "local_global_attention"
-    check_shape(name, "q", q, "(B, L, H, E)", (None,) * 4)
+    check_operands(name, q, [Stream(k, v, mask)])
     shared = {}
     for argument, array, width in (("k_global", k_global, q.shape[-1]), ("v_global", v_global, None)):
         check_shape(name, argument, array, "(B or 1, g, K, E)", (None, None, None, width))
@@ -84,9 +84,10 @@ def local_global_attention(
         [Stream(k, v, mask), Stream(shared["k_global"], shared["v_global"], ordered=False)],
         causal=causal,
         window=check_window(name, window),
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=logit_scale(name, q.shape[-1], scale),
         implementation=implementation,
         operation=name,
+        suffixes=("", "_global"),
     ).out
 
 
@@ -142,12 +143,8 @@ class LocalGlobalAttention(ProjectedAttention):
             rngs=rngs,
         )
         for name, value, known in (("combine", combine, Combine), ("globals", globals, Globals)):
-            if value not in get_args(known):
-                raise ValueError(
-                    f"local_global: `{name}` must be one of {', '.join(get_args(known))}, got {value!r}"
-                )
-        if not isinstance(num_globals, int) or num_globals < 0:
-            raise ValueError(f"local_global: `num_globals` must be an integer >= 0, got {num_globals!r}")
+            check_choice("local_global", name, value, known)
+        check_integer("local_global", "num_globals", num_globals, 0)
         self.window = check_window("local_global", window)
         self.num_globals = num_globals
         self.combine = combine

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attn_jax.engine.scan import selective_scan
-from attn_jax.mechanisms.base import Attention, check_tokens, logical_axes, zero_masked
+from attn_jax.mechanisms.base import Attention, logical_axes, zero_masked
 from attn_jax.registry import register
-from attn_jax.types import Array, Dtype
+from attn_jax.types import Array, Dtype, check_flag, check_integer
 
 
 def causal_convolution(x: Array, kernel: Array, bias: Array, before: Array) -> Array:
@@ -182,9 +182,11 @@ class Mamba(Attention):
         rngs: nnx.Rngs,
     ):
         super().__init__(dim, num_heads, causal=causal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        for name, value in (("expand", expand), ("state_size", state_size), ("conv_width", conv_width)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"mamba: `{name}` must be a positive integer, got {value!r}")
+        sizes = {"expand": expand, "state_size": state_size, "conv_width": conv_width, "chunk": chunk}
+        for name, value in sizes.items():
+            check_integer("mamba", name, value)
+        if bidirectional is not None:
+            check_flag("mamba", "bidirectional", bidirectional)
         if causal and bidirectional:
             raise ValueError(
                 "mamba: `bidirectional=True` reads the sequence from its end, which causal=True forbids"
@@ -222,13 +224,12 @@ class Mamba(Attention):
 
     def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> MambaCache:
         """An empty cache for `step`; its size does not depend on `max_length`."""
-        self.require_causal("init_cache")
+        self.check_init_cache(batch, max_length, dtype)
         return self.directions[0].empty_cache(batch, dtype)
 
     def step(self, x: Array, cache: MambaCache) -> tuple[Array, MambaCache]:
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the next cache."""
-        self.require_causal("step")
-        check_tokens("mamba", "x", x, "(B, 1, D)", (cache.state.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         inner, gate = jnp.split(self.into(x), 2, axis=-1)
         y, cache = self.directions[0](inner, None, cache)
         return self.out(y * nnx.silu(gate)), cache

@@ -34,7 +34,8 @@ A route depends on all tokens of its example, so there is no causal form: output
 A route for each prefix would need the keys of every depth at every token, `depth` attentions again.
 """
 
-from typing import Any, Literal, get_args
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,16 @@ from attn_jax.engine.streaming import Stream, attend, dense_weights
 from attn_jax.mechanisms.base import Attention, logical_axes, zero_masked
 from attn_jax.mechanisms.maw_router import DepthRouter, Route, entropy, landmarks
 from attn_jax.registry import register
-from attn_jax.types import Array, Dtype, check_shape
+from attn_jax.types import (
+    Array,
+    Dtype,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_positive,
+    check_shape,
+)
 
 Projections = Literal["lowrank", "full", "tied"]
 Selection = Literal["hard", "soft"]
@@ -176,13 +186,14 @@ class MultiAttentionWeight(Attention):
     ):
         super().__init__(dim, num_heads, causal=causal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         for name, value, known in (("projections", projections, Projections), ("selection", selection, Selection)):
-            if value not in get_args(known):
-                raise ValueError(f"maw: `{name}` must be one of {', '.join(get_args(known))}, got {value!r}")
+            check_choice("maw", name, value, known)
         for name, value in (("depth", depth), ("rank", rank)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"maw: `{name}` must be a positive integer, got {value!r}")
-        if temperature <= 0:
-            raise ValueError(f"maw: `temperature` must be positive, got {temperature!r}")
+            check_integer("maw", name, value)
+        check_positive("maw", "temperature", temperature)
+        for name, value in (("alpha", alpha), ("entropy_weight", entropy_weight)):
+            check_number("maw", name, value, "a finite number", math.isfinite)
+        check_number("maw", "router_dropout", router_dropout, "at least 0 and less than 1", lambda p: 0 <= p < 1)
+        check_flag("maw", "straight_through", straight_through)
         if not straight_through and (selection == "soft" or entropy_weight):
             raise ValueError("maw: straight_through=False leaves nothing to selection='soft' and `entropy_weight`")
         self.depth, self.selection, self.entropy_weight = depth, selection, entropy_weight

@@ -19,7 +19,7 @@ three estimators; or no objective of its own, by the straight-through gradient o
 """
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from flax import nnx
 from jax import lax
 
 from attn_jax.engine.plan import accumulation
-from attn_jax.types import Array, Dtype, check_mask, check_shape
+from attn_jax.types import Array, Dtype, check_choice, check_mask, check_shape
 
 Estimator = Literal["grpo", "actor_critic", "exact"]
 
@@ -101,7 +101,7 @@ class DepthRouter(nnx.Module):
     def __call__(self, q: Array, k: Array) -> Route:
         """Route from landmarks `q, k` `(B, depth, 8, H, E)`."""
         dots = jnp.einsum("bdihe,bdjhe->bdhij", q, k) * q.shape[-1] ** -0.5
-        slices = (LANDMARKS * nnx.softmax(dots) - 1).reshape(*q.shape[:2], -1)
+        slices = (LANDMARKS * nnx.softmax(dots) - 1).reshape(*q.shape[:2], self.state_in.in_features)
         state = slices.mean(axis=1)
         hidden = nnx.relu(self.state_hidden(self.dropout(nnx.relu(self.state_in(state)))))
         of_depth = self.depth_out(self.dropout(nnx.relu(self.depth_in(slices))))[..., 0]
@@ -291,10 +291,7 @@ def _regulariser(logits: Array, reference_logits: Array, entropy_weight: float, 
 
 
 def _check_estimator(estimator: str) -> None:
-    if estimator not in get_args(Estimator):
-        raise ValueError(
-            f"policy_loss: `estimator` must be one of {', '.join(get_args(Estimator))}, got {estimator!r}"
-        )
+    check_choice("policy_loss", "estimator", estimator, Estimator)
 
 
 def _check_logits(logits: Array, old: Array, reference: Array, depths: Array, rewards: Array) -> None:

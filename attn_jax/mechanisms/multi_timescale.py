@@ -16,7 +16,7 @@ That version is `decay="multiplicative"`; nothing can be cut off in it. The sour
 documented `gamma` of .6, .9 and .99 by random numbers of either sign, and its decoder takes three timescales only.
 """
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -24,6 +24,7 @@ from jax import lax
 
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.plan import Features, Stream
+from attn_jax.engine.streaming import logit_scale
 from attn_jax.mechanisms.timescales import (
     Bounds,
     Decoder,
@@ -34,7 +35,7 @@ from attn_jax.mechanisms.timescales import (
     unfold,
 )
 from attn_jax.registry import register
-from attn_jax.types import Array, Dtype, check_mask, check_shape
+from attn_jax.types import Array, Dtype, check_choice, check_mask, check_shape
 
 Decay = Literal["additive", "multiplicative"]
 
@@ -79,7 +80,7 @@ def _discounted(
     check_shape(operation, "q", q, "(B, L, T, H, E)", (None,) * 5)
     check_shape(operation, "k", k, "(B, L, T, H, E)", q.shape)
     check_shape(operation, "v", v, "(B, L, T, H, V)", (*q.shape[:4], None))
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = logit_scale(operation, q.shape[-1], scale)
     discount = log_discount(operation, log_gamma, *q.shape[:4])
     q, k, v = map(fold, (q, k, v))
 
@@ -157,10 +158,7 @@ class MultiTimescaleAttention(TimescaleAttention):
             implementation=implementation,
             rngs=rngs,
         )
-        if decay not in get_args(Decay):
-            raise ValueError(
-                f"multi_timescale: `decay` must be one of {', '.join(get_args(Decay))}, got {decay!r}"
-            )
+        check_choice("multi_timescale", "decay", decay, Decay)
         self.decay: Decay = decay
         wide = num_timescales * dim
         self.query = self.linear(dim, wide, ("embed", "heads"), rngs)

@@ -21,7 +21,7 @@ library reimplements calls `elu(x W) + 1` and `relu(x W)` FAVOR+; these approxim
 """
 
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,9 @@ from jax import lax
 
 from attn_jax.engine.exponential import exp
 from attn_jax.engine.prefix import FeatureMap, LinearState, linear_attention, linear_attention_weights
-from attn_jax.mechanisms.base import ProjectedAttention, check_tokens
+from attn_jax.mechanisms.base import ProjectedAttention
 from attn_jax.registry import register
-from attn_jax.types import Array, Dtype
+from attn_jax.types import Array, Dtype, check_choice, check_integer, check_shape
 
 Feature = Literal["softmax", "softmax_hyp", "relu", "elu", "seed_elu", "seed_relu"]
 
@@ -91,20 +91,18 @@ def orthogonal_projection(key: Array, num_features: int, width: int, dtype: Dtyp
 
 
 def _feature_map(feature: str, projection: Array | None, q: Array) -> tuple[FeatureMap, Any]:
-    if feature not in get_args(Feature):
-        raise ValueError(
-            f"favor_attention: `feature` must be one of {', '.join(get_args(Feature))}, got {feature!r}"
-        )
+    check_choice("favor_attention", "feature", feature, Feature)
+    check_shape("favor_attention", "q", q, "(B, L, H, E)", (None,) * 4)
     if feature == "elu":
         return _elu, ()
     heads, width = q.shape[2:]
-    shape = None if projection is None else jnp.shape(projection)
-    if shape is None or len(shape) not in (2, 3) or shape[-1] != width or shape[:-2] not in ((), (heads,)):
-        raise ValueError(
-            f"favor_attention: `projection` must have shape (F, E) or (H, F, E) with E = {width}, H = {heads}, "
-            f"got {shape}"
-        )
-    return _MAPS[feature], jnp.broadcast_to(jnp.asarray(projection), (heads, *shape[-2:]))
+    shared = len(getattr(projection, "shape", ())) < 3
+    sizes = (None, width) if shared else (heads, None, width)
+    check_shape("favor_attention", "projection", projection, "(F, E) or (H, F, E)", sizes)
+    matrix = jnp.asarray(projection)
+    if not matrix.size:
+        raise ValueError(f"favor_attention: `projection` must have at least one feature, got shape {matrix.shape}")
+    return _MAPS[feature], jnp.broadcast_to(matrix, (heads, *matrix.shape[-2:]))
 
 
 # Added to every softmax feature of a token, in units of the mean of them.
@@ -218,12 +216,9 @@ class Performer(ProjectedAttention):
         rngs: nnx.Rngs,
     ):
         super().__init__(dim, num_heads, causal=causal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        if feature not in get_args(Feature):
-            raise ValueError(
-                f"performer: `feature` must be one of {', '.join(get_args(Feature))}, got {feature!r}"
-            )
-        if not isinstance(num_features, int) or num_features < 1:
-            raise ValueError(f"performer: `num_features` must be a positive integer, got {num_features!r}")
+        check_choice("performer", "feature", feature, Feature)
+        check_integer("performer", "num_features", num_features)
+        check_integer("performer", "chunk", chunk)
         self.feature: Feature = feature
         self.num_features, self.chunk = num_features, chunk
         self.projection = None if feature == "elu" else Projection(self._draw(rngs))
@@ -250,7 +245,7 @@ class Performer(ProjectedAttention):
 
     def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> LinearState:
         """An empty cache for `step`; float32, and its size does not depend on `max_length`."""
-        self.require_causal("init_cache")
+        self.check_init_cache(batch, max_length, dtype)
         features = {"elu": self.head_dim, "softmax_hyp": 2 * self.num_features}.get(
             self.feature, self.num_features
         )
@@ -258,8 +253,7 @@ class Performer(ProjectedAttention):
 
     def step(self, x: Array, cache: LinearState) -> tuple[Array, LinearState]:
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the state that has read it."""
-        self.require_causal("step")
-        check_tokens("performer", "x", x, "(B, 1, D)", (cache.key_sum.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         q, k, v = self.project(x, x)
         phi, parameters = _feature_map(self.feature, self._matrix(), q)
         o, cache = linear_attention(phi, parameters, q, k, v, causal=True, initial_state=cache)

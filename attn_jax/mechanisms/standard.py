@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.plan import add_key_feature
-from attn_jax.engine.streaming import Features, Stream, attend, dense_weights
+from attn_jax.engine.streaming import Features, Stream, attend, check_operands, dense_weights, logit_scale
 from attn_jax.mechanisms.base import ProjectedAttention
 from attn_jax.registry import register
 from attn_jax.types import Array
@@ -49,15 +49,17 @@ def standard_attention(
       ValueError: arguments that do not fit together, or an unknown implementation.
       NotImplementedError: an implementation that does not exist for this operation.
     """
+    operation = "standard_attention"
+    check_operands(operation, q, [Stream(k, v, mask)])
     features, bias = _split_bias(q, k, bias)
     return attend(
         q,
         [Stream(k, v, mask, features, bias)],
         score=add_key_feature if features else None,
         causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=logit_scale(operation, q.shape[-1], scale),
         implementation=implementation,
-        operation="standard_attention",
+        operation=operation,
     ).out
 
 
@@ -65,13 +67,13 @@ def _split_bias(q: Array, k: Array, bias: Array | None) -> tuple[Features, Array
     """A bias that is the same for all queries is a key feature, which keeps the memory linear."""
     if bias is None:
         return (), None
-    bias = jnp.asarray(bias)
     full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    shape = (1,) * (4 - bias.ndim) + bias.shape
-    if bias.ndim > 4 or any(n not in (1, m) for n, m in zip(shape, full)):
-        raise ValueError(
-            f"standard_attention: `bias` must be broadcastable to (B, H, L, M) = {full}, got shape {bias.shape}"
-        )
+    given = getattr(bias, "shape", None)
+    shape = None if given is None else (1,) * (4 - len(given)) + given
+    if shape is None or len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, full)):
+        got = f"a value of type {type(bias).__name__}" if given is None else f"shape {given}"
+        raise ValueError(f"standard_attention: `bias` must be broadcastable to (B, H, L, M) = {full}, got {got}")
+    bias = jnp.asarray(bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(
             f"standard_attention: `bias` must be floating point (key masks go to `mask`), got dtype {bias.dtype}"

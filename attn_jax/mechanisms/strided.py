@@ -24,18 +24,25 @@ queries of "phase" have no key yet and read exactly 0.
 """
 
 import functools
-from numbers import Integral
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
-from attn_jax.engine.streaming import Attended, Features, Stream, attend, check_operands, dense_weights
+from attn_jax.engine.streaming import (
+    Attended,
+    Features,
+    Stream,
+    attend,
+    check_operands,
+    dense_weights,
+    logit_scale,
+)
 from attn_jax.mechanisms.base import KeyValueCache, ProjectedAttention
 from attn_jax.registry import register
-from attn_jax.types import NEG_INF, Array, Dtype
+from attn_jax.types import NEG_INF, Array, Dtype, check_choice, check_integer
 
 Pattern = Literal["local+strided", "dilated", "phase", "fixed"]
 
@@ -81,7 +88,7 @@ def strided_attention(
     read = functools.partial(
         attend,
         causal=causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=logit_scale("strided_attention", q.shape[-1], scale),
         implementation=implementation,
         operation="strided_attention",
     )
@@ -102,10 +109,8 @@ def _tiles(length: int, causal: bool) -> dict[str, tuple[int, int]]:
 
 
 def _check_options(where: str, stride: Any, pattern: Any) -> None:
-    if not isinstance(stride, Integral) or stride < 1:
-        raise ValueError(f"{where}: `stride` must be an integer >= 1, got {stride!r}")
-    if pattern not in get_args(Pattern):
-        raise ValueError(f"{where}: `pattern` must be one of {', '.join(get_args(Pattern))}, got {pattern!r}")
+    check_integer(where, "stride", stride)
+    check_choice(where, "pattern", pattern, Pattern)
 
 
 def _in_blocks(x: Array, stride: int) -> Array:

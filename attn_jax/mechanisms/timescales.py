@@ -23,7 +23,7 @@ mixed. No more lags than timescales can be told apart: three have singular value
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,8 +33,18 @@ from jax import lax
 from attn_jax.aux import AuxMetric, record
 from attn_jax.engine.plan import Features, Score, Stream
 from attn_jax.engine.streaming import attend, dense_weights
-from attn_jax.mechanisms.base import Attention, KeyValueCache, check_tokens, logical_axes
-from attn_jax.types import NEG_INF, Array, Dtype, check_shape
+from attn_jax.mechanisms.base import Attention, KeyValueCache, logical_axes
+from attn_jax.types import (
+    NEG_INF,
+    Array,
+    Dtype,
+    check_choice,
+    check_floating,
+    check_integer,
+    check_number,
+    check_positive,
+    check_shape,
+)
 
 Decoder = Literal["mlp", "laplace"]
 
@@ -63,15 +73,10 @@ def unfold(x: Array, timescales: int) -> Array:
 
 def log_discount(where: str, log_gamma: Array, batch: int, length: int, timescales: int, heads: int) -> Array:
     """`log_gamma` `(T,)` or `(T, H)` as a query feature `(B, L, H T)`."""
-    log_gamma = jnp.asarray(log_gamma)
-    if log_gamma.ndim == 1:
-        log_gamma = log_gamma[:, None]
-    check_shape(where, "log_gamma", log_gamma, "(T,) or (T, H)", (timescales, None))
-    if log_gamma.shape[1] not in (1, heads) or not jnp.issubdtype(log_gamma.dtype, jnp.floating):
-        raise ValueError(
-            f"{where}: `log_gamma` must be floating point, (T,) or (T, H) with H = {heads}, "
-            f"got {log_gamma.dtype} {log_gamma.shape}"
-        )
+    per_head = len(getattr(log_gamma, "shape", ())) == 2
+    check_shape(where, "log_gamma", log_gamma, "(T,) or (T, H)", (timescales, heads)[: 1 + per_head])
+    check_floating(where, "log_gamma", log_gamma)
+    log_gamma = jnp.asarray(log_gamma).reshape(timescales, -1)
     log_gamma = jnp.maximum(log_gamma, _FORGOTTEN)
     return fold(jnp.broadcast_to(log_gamma, (batch, length, timescales, heads)))
 
@@ -116,7 +121,7 @@ class Discounted:
     ) -> Array:
         """`(B, L, H T, E)`; `self_masked`: masked tokens read nothing either, which leaves shorter reaches."""
         problem, reach = self, None
-        if self.bounds is not None and implementation != "dense":
+        if self.bounds is not None and implementation != "dense" and self.q.shape[1]:
             if self_masked and mask is not None:
                 # Times any distance but 0, the discount is below that of a masked key; and at 0 the key is masked.
                 problem = dataclasses.replace(self, log_gamma=jnp.where(mask[..., None], self.log_gamma, NEG_INF))
@@ -282,18 +287,16 @@ class TimescaleAttention(Attention):
     ):
         super().__init__(dim, num_heads, causal=causal, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         name = self.mechanism
-        if decoder not in get_args(Decoder):
-            raise ValueError(f"{name}: `decoder` must be one of {', '.join(get_args(Decoder))}, got {decoder!r}")
+        check_choice(name, "decoder", decoder, Decoder)
         if decoder == "mlp" and (num_lags is not None or alpha is not None):
             raise ValueError(f"{name}: `num_lags` and `alpha` are for decoder='laplace', decoder='mlp' has none")
         num_lags, alpha = 64 if num_lags is None else num_lags, 0.1 if alpha is None else alpha
         for option, value in (("num_timescales", num_timescales), ("num_lags", num_lags)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: `{option}` must be a positive integer, got {value!r}")
-        if max_timescale is not None and not 2 <= max_timescale < np.inf:
-            raise ValueError(f"{name}: `max_timescale` must be a number of at least 2, got {max_timescale!r}")
-        if not 0 < alpha < np.inf:
-            raise ValueError(f"{name}: `alpha` must be a positive number, got {alpha!r}")
+            check_integer(name, option, value)
+        if max_timescale is not None:
+            at_least_2 = "a number of at least 2"
+            check_number(name, "max_timescale", max_timescale, at_least_2, lambda tau: 2 <= tau < math.inf)
+        check_positive(name, "alpha", alpha)
         self.implementation = self.checked(implementation)
         self.num_timescales = num_timescales
         if num_timescales == 3 and max_timescale is None:
@@ -338,15 +341,14 @@ class TimescaleAttention(Attention):
 
     def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> KeyValueCache:
         """An empty cache for `step`, for sequences of up to `max_length` tokens."""
-        self.require_causal("init_cache")
+        self.check_init_cache(batch, max_length, dtype)
         token = self.discounted(jnp.zeros((1, 1, self.dim), self.param_dtype)).keys
         features = tuple(f.shape[2:] for f in token.features)
         return KeyValueCache.empty(batch, max_length, *token.keys.shape[2:], dtype=dtype, features=features)
 
     def step(self, x: Array, cache: KeyValueCache) -> tuple[Array, KeyValueCache]:
         """Decode one token: `x` `(B, 1, D)` to `(B, 1, D)` and the cache that holds it."""
-        self.require_causal("step")
-        check_tokens(self.mechanism, "x", x, "(B, 1, D)", (cache.keys.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         problem = self.discounted(x)
         cache, filled = cache.append(problem.keys.keys, problem.keys.values, *problem.keys.features)
         keys = Stream(cache.keys, cache.values, filled, cache.features)

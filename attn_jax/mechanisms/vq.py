@@ -52,9 +52,19 @@ from attn_jax.engine import dispatch
 from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.plan import LOWEST_MAX, add_key_feature
 from attn_jax.engine.streaming import Stream, attend, dense_weights
-from attn_jax.mechanisms.base import ProjectedAttention, check_tokens
+from attn_jax.mechanisms.base import ProjectedAttention
 from attn_jax.registry import register
-from attn_jax.types import NEG_INF, Array, Dtype, check_mask, check_shape
+from attn_jax.types import (
+    NEG_INF,
+    Array,
+    Dtype,
+    check_flag,
+    check_floating,
+    check_integer,
+    check_mask,
+    check_number,
+    check_shape,
+)
 from pallas_kernels.hardware import Hardware
 
 
@@ -122,12 +132,11 @@ def _quantised_attention(
     check_mask(name, "mask", mask, "(B, M)", k.shape[:2])
     given = {"q": q, "k": k, "v": v, "codebook_q": codebook_q, "codebook_k": codebook_k}
     for argument, array in given.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: `{argument}` must be a floating-point array, got dtype {array.dtype}")
+        check_floating(name, argument, array)
         if argument.startswith("codebook") and not array.shape[1]:
             raise ValueError(f"{name}: `{argument}` must have at least one code, got shape {array.shape}")
-    if not isinstance(block_length, int) or block_length < 1:
-        raise ValueError(f"{name}: `block_length` must be a positive integer, got {block_length!r}")
+    check_flag(name, "causal", causal)
+    check_integer(name, "block_length", block_length)
 
     given = [jnp.asarray(x) for x in given.values()]  # NumPy's float64 becomes JAX's default here
     values = given[2]
@@ -411,7 +420,7 @@ def _tiles(x: Array, size: int, fill: float = 0) -> Array:
 def _row_tiles(x: Array, size: int, fill: float = 0) -> Array:
     """`(B, L, H, ...)` to `(B H, tiles, tile, ...)`."""
     x = x.swapaxes(1, 2)
-    return _tiles(x.reshape(-1, *x.shape[2:]), size, fill)
+    return _tiles(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), size, fill)
 
 
 class _Queries(NamedTuple):
@@ -550,7 +559,7 @@ class Codebook(nnx.Module):
         x = lax.stop_gradient(jnp.where(real, x, 0))
         totals = CodeTotals.empty((codewords.shape[1], heads), x.shape[-1], x.dtype)
         totals = totals.add((codes, jnp.arange(heads)), mask[:, :, None], x)
-        if not self.use_running_average:
+        if not self.use_running_average and x.size:
             try:
                 self._follow(self.rngs(), totals, x, mask)
             except TraceContextError:
@@ -669,13 +678,11 @@ class VQAttention(ProjectedAttention):
             rngs=rngs,
         )
         for name, value in (("num_codes", num_codes), ("block_length", block_length)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"vq: `{name}` must be a positive integer, got {value!r}")
+            check_integer("vq", name, value)
         for name, value in (("decay", decay), ("revive", revive)):
-            if not 0 <= value < 1:
-                raise ValueError(f"vq: `{name}` must be at least 0 and less than 1, got {value!r}")
-        if not commitment >= 0:
-            raise ValueError(f"vq: `commitment` must not be negative, got {commitment!r}")
+            check_number("vq", name, value, "at least 0 and less than 1", lambda rate: 0 <= rate < 1)
+        check_number("vq", "commitment", commitment, "a number >= 0", lambda weight: weight >= 0)
+        check_flag("vq", "gate", gate)
         if dtype is not None:
             # A code is a decision, and half precision would take some of them differently.
             self.query.dtype = self.key.dtype = jnp.promote_types(dtype, jnp.float32)
@@ -734,13 +741,12 @@ class VQAttention(ProjectedAttention):
 
     def init_cache(self, batch: int, max_length: int, dtype: Dtype = jnp.float32) -> CodeTotals:
         """An empty cache for `step`; float32, and its size does not depend on `max_length`."""
-        self.require_causal("init_cache")
+        self.check_init_cache(batch, max_length, dtype)
         return CodeTotals.empty((batch, self.num_codes, self.num_heads), self.head_dim, jnp.float32)
 
     def step(self, x: Array, cache: CodeTotals) -> tuple[Array, CodeTotals]:
         """Decode one token, `x` `(B, 1, D)` to `(B, 1, D)`, and the cache that holds it, in time `O(S D)`."""
-        self.require_causal("step")
-        check_tokens("vq", "x", x, "(B, 1, D)", (cache.counts.shape[0], 1, self.dim))
+        self.check_step(x, cache)
         q, k, v = self.project(x, x)
         queries, keys = self.queries.codewords[...], self.keys.codewords[...]
         codes = _nearest(_normalise(k), keys)

@@ -42,12 +42,15 @@ class Reranker(nnx.Module):
         )
         self.critic = None if critic_dim is None else nnx.Linear(critic_dim, 1, rngs=rngs)
 
-    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
-        """Scores `(B, C)`, float32, of `tokens` int `(B, C, L)` with mask bool `(B, C, L)`."""
+    def __call__(self, tokens: Array, *, mask: Array | None = None, types: Array | None = None) -> Array:
+        """Scores `(B, C)`, float32, of `tokens` int `(B, C, L)` with mask bool and `types` int of that shape."""
         if tokens.ndim != 3:
             raise ValueError(f"Reranker: `tokens` must be (B, C, L), got shape {tokens.shape}")
         check_mask("Reranker", "mask", mask, "(B, C, L)", tokens.shape)
         batch, candidates, length = tokens.shape
-        flat = (batch * candidates, length)
-        scores = self.encoder(tokens.reshape(flat), mask=None if mask is None else mask.reshape(flat))
+
+        def flat(x: Array | None) -> Array | None:
+            return None if x is None else x.reshape(batch * candidates, length)
+
+        scores = self.encoder(tokens.reshape(-1, length), mask=flat(mask), types=flat(types))
         return scores.reshape(batch, candidates)

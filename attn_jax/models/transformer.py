@@ -1,7 +1,7 @@
 """The transformer that every mechanism is compared in: block, stack and sequence classifier."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +9,7 @@ from flax import nnx
 from attn_jax.mechanisms.base import check_tokens, logical_axes, zero_masked
 from attn_jax.positions import sinusoidal_positions
 from attn_jax.registry import build
-from attn_jax.types import Array, Dtype, check_mask
+from attn_jax.types import Array, Dtype, check_choice, check_integer, check_mask, check_number, check_shape
 
 Pool = Literal["cls", "first", "mean"]
 Norm = Literal["pre", "post"]
@@ -50,9 +50,11 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         for name, value, known in (("norm", norm, Norm), ("activation", activation, Activation)):
-            if value not in get_args(known):
-                choices = " or ".join(map(repr, get_args(known)))
-                raise ValueError(f"TransformerBlock: `{name}` must be {choices}, got {value!r}")
+            check_choice("TransformerBlock", name, value, known)
+        for name, value in (("dropout", dropout), ("drop_path", drop_path)):
+            check_number("TransformerBlock", name, value, "at least 0 and less than 1", lambda rate: 0 <= rate < 1)
+        if mlp_dim is not None:
+            check_integer("TransformerBlock", "mlp_dim", mlp_dim)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         hidden = 4 * dim if mlp_dim is None else mlp_dim
         self.norm = norm
@@ -116,6 +118,7 @@ class Transformer(nnx.Module):
     def __init__(
         self, dim: int, num_heads: int, *, num_layers: int, remat: bool = False, rngs: nnx.Rngs, **block: Any
     ):
+        check_integer("Transformer", "num_layers", num_layers, 0)
         self.blocks = nnx.List(TransformerBlock(dim, num_heads, rngs=rngs, **block) for _ in range(num_layers))
         self.remat = remat
         types = {name: block[name] for name in ("dtype", "param_dtype") if name in block}
@@ -148,6 +151,7 @@ class TransformerClassifier(nnx.Module):
       dim, num_heads, num_layers: of the `Transformer`.
       pool: "cls" (the output of a learned token put in front), "first" (that of the first real token) or "mean"
         (over real tokens).
+      num_types: kinds of tokens, each with an embedding of its own that is added; 0 for none.
       head_dim: hidden width of the head, None for the MLP's.
       dropout: also on the embeddings.
       **transformer: further arguments of `Transformer` and `TransformerBlock`.
@@ -162,6 +166,7 @@ class TransformerClassifier(nnx.Module):
         num_heads: int,
         num_layers: int,
         pool: Pool = "cls",
+        num_types: int = 0,
         head_dim: int | None = None,
         mlp_dim: int | None = None,
         dropout: float = 0.0,
@@ -170,10 +175,9 @@ class TransformerClassifier(nnx.Module):
         rngs: nnx.Rngs,
         **transformer: Any,
     ):
-        if pool not in get_args(Pool):
-            raise ValueError(
-                f"TransformerClassifier: `pool` must be one of {', '.join(get_args(Pool))}, got {pool!r}"
-            )
+        check_choice("TransformerClassifier", "pool", pool, Pool)
+        check_integer("TransformerClassifier", "vocab_size", vocab_size)
+        check_integer("TransformerClassifier", "num_classes", num_classes)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         self.pool = pool
@@ -202,15 +206,20 @@ class TransformerClassifier(nnx.Module):
         self.head_out = nnx.Linear(
             width, num_classes, kernel_metadata=logical_axes("mlp", None), **types, rngs=rngs
         )
+        normal = {"embedding_init": nnx.initializers.normal(1.0), **types}
+        self.type_embed = nnx.Embed(num_types, dim, **normal, rngs=rngs) if num_types else None
 
-    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
-        """Logits `(B, num_classes)`, float32, of `tokens` int `(B, L)` with mask bool `(B, L)`."""
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"TransformerClassifier: `tokens` must be integers (B, L), got {tokens.dtype} {tokens.shape}"
-            )
+    def __call__(self, tokens: Array, *, mask: Array | None = None, types: Array | None = None) -> Array:
+        """Logits `(B, num_classes)`, float32, of `tokens` int `(B, L)` with mask bool and `types` int `(B, L)`."""
+        check_shape("TransformerClassifier", "tokens", tokens, "(B, L)", (None, None))
+        if not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"TransformerClassifier: `tokens` must be integers, got dtype {tokens.dtype}")
         check_mask("TransformerClassifier", "mask", mask, "(B, L)", tokens.shape)
+        if (types is None) != (self.type_embed is None):
+            raise ValueError("TransformerClassifier: `types` go with `num_types`, and neither without the other")
         x = self.embed(tokens)
+        if types is not None and self.type_embed is not None:
+            x = x + self.type_embed(types)
         if self.cls is not None:
             front = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([front, x], axis=1)

@@ -1,4 +1,4 @@
-"""Seconds of a training step of several configs, measured alternately in one process, and kept in a file."""
+"""Seconds of a training step, or of another call, of several configs: in turn in one process, kept in a file."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,26 +7,44 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from eval.experiments.statistics import Interval, median_interval
 from eval.measure import environment
 from train import sharding, state, tasks
 from train.config import Config
 from train.loop import Program
+from train.tasks import rerank
 from train.workdir import read_json, write_json
 
 _FILE = "step_times.json"
 _WARM_UP = 2
 
 
-def measure(out: Path, groups: Mapping[str, Mapping[str, Config]], rounds: int) -> None:
-    """Times the configs of each group in turn, once, and keeps the seconds below `out`."""
+Call = Callable[[], Any]
+"""Does something once, and waits for it."""
+
+
+def measure(
+    out: Path,
+    groups: Mapping[str, Mapping[str, Config]],
+    rounds: int,
+    make: Callable[[Config], Call] | None = None,
+) -> None:
+    """Times what `make` makes of the configs of each group in turn, once, and keeps the seconds below `out`.
+
+    Args:
+      out: folder of the experiment.
+      groups: by a name of the group and one of the config.
+      rounds: calls of each.
+      make: by default `training_step`.
+    """
     measured = _read(out) or {"groups": {}}
     for group, made in groups.items():
         if group in measured["groups"]:
             continue
         sharding.use_cpu_devices(next(iter(made.values())))
-        measured["groups"][group] = step_times(made, rounds)
+        measured["groups"][group] = step_times(made, rounds, make or training_step)
         measured["environment"] = environment()
         write_json(out / _FILE, measured)
 
@@ -42,6 +60,12 @@ def relative(out: Path, reference: str) -> dict[tuple[str, str], Interval]:
     }
 
 
+def medians(out: Path) -> dict[tuple[str, str], float]:
+    """By group and name, the median seconds of a call, as far as measured."""
+    measured = (_read(out) or {"groups": {}})["groups"]
+    return {(g, name): float(np.median(times)) for g, made in measured.items() for name, times in made.items()}
+
+
 def machine(out: Path) -> str:
     """What the times were measured on, in a sentence; empty where nothing was."""
     measured = _read(out)
@@ -55,13 +79,11 @@ def _read(out: Path) -> dict[str, Any] | None:
     return read_json(out / _FILE, "delete it") if (out / _FILE).exists() else None
 
 
-def step_times(configs: Mapping[str, Config], rounds: int) -> dict[str, list[float]]:
-    """By name, the seconds of `rounds` training steps of each config, in turn: A B C A B C ...
-
-    The steps train real models on one real batch each; what they share with `python -m train` is everything but
-    the loading of batches.
-    """
-    steps = {name: _stepper(config) for name, config in configs.items()}
+def step_times(
+    configs: Mapping[str, Config], rounds: int, make: Callable[[Config], Call]
+) -> dict[str, list[float]]:
+    """By name, the seconds of `rounds` calls of what `make` makes of each config, in turn: A B C A B C ..."""
+    steps = {name: make(config) for name, config in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     for number in range(_WARM_UP + rounds):
         for name, step in steps.items():
@@ -72,8 +94,12 @@ def step_times(configs: Mapping[str, Config], rounds: int) -> dict[str, list[flo
     return seconds
 
 
-def _stepper(config: Config) -> Callable[[], Any]:
-    """Builds and compiles what `config` trains; every call takes one step and waits for it."""
+def training_step(config: Config) -> Call:
+    """Builds and compiles what `config` trains; every call takes one step.
+
+    The steps train a real model on one real batch; what they share with `python -m train` is everything but the
+    loading of batches.
+    """
     task = tasks.prepare(config)
     with sharding.activate(config) as mesh:
         program = Program.of(config, task, mesh)
@@ -87,6 +113,17 @@ def _stepper(config: Config) -> Callable[[], Any]:
         jax.block_until_ready(metrics)
 
     return step
+
+
+def scoring_call(config: Config) -> Call:
+    """Builds the reranker of `config`, untrained; every call scores the candidates of a batch of test queries."""
+    task = tasks.prepare(config)
+    with sharding.activate(config) as mesh:
+        model = task.model(nnx.Rngs(config.seed))
+        model.eval()
+        batch = sharding.put_batch(next(iter(task.eval_batches("test"))), mesh)
+        scoring = nnx.jit(rerank.score)
+    return lambda: jax.block_until_ready(scoring(model, batch))
 
 
 def ratios(seconds: Mapping[str, list[float]], name: str, reference: str) -> np.ndarray:

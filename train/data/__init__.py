@@ -20,6 +20,12 @@ def share(name: str, seed: int = 0) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6]) / 2**48
 
 
+def split_of(name: str, val: float = 0.1, test: float = 0.1) -> str:
+    """The split of a name, by its `share`: `val` and `test` are what each of these gets, on average."""
+    place, train = share(name), 1 - val - test
+    return "train" if place < train else "val" if place < train + val else "test"
+
+
 @dataclass(frozen=True, eq=False)
 class SequenceDataset:
     """Labelled token sequences of varying length, packed end to end.
@@ -37,12 +43,17 @@ class SequenceDataset:
     @classmethod
     def from_bytes(cls, sequences: Iterable[bytes], labels: Sequence[int]) -> SequenceDataset:
         """Packs sequences of one-byte token ids."""
-        sequences = list(sequences)
+        return cls.pack([np.frombuffer(sequence, np.uint8) for sequence in sequences], labels)
+
+    @classmethod
+    def pack(cls, sequences: Sequence[np.ndarray], labels: Sequence[int]) -> SequenceDataset:
+        """Packs sequences of unsigned ids, each `(length,)`."""
         if len(sequences) != len(labels):
             raise ValueError(f"got {len(sequences)} sequences but {len(labels)} labels")
         offsets = np.zeros(len(sequences) + 1, np.int64)
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
-        return cls(np.frombuffer(b"".join(sequences), np.uint8), offsets, np.asarray(labels, np.int32))
+        tokens = np.concatenate([np.zeros(0, np.uint8), *sequences])
+        return cls(tokens, offsets, np.asarray(labels, np.int32))
 
     def __len__(self) -> int:
         return len(self.labels)

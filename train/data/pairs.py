@@ -2,16 +2,22 @@
 
     tokens        (B, C, L) int32   [CLS] query [SEP] document [SEP], 0 where padded
     mask          (B, C, L) bool    True = a real token
+    types         (B, C, L) int32   0 special or padded; of the query 1, of the document 3; where the token is in
+                                    both, one more
     grades        (B, C)    int32   of the candidates, 0 where not judged
     candidate_mask (B, C)   bool    True = a candidate
     first_stage   (B, C)    float32 BM25's scores, 0 without one
     ideal         (B, I)    int32   the query's highest grades, in descending order, whether found or not
     example_mask  (B,)      bool    True = a real query; a dummy has no candidates
 
-In training the candidates are a relevant document, the first, and others that BM25 ranks high and nobody judged
-relevant (or any, where BM25 finds too few), drawn anew for every step as a function of `(seed, step, query)`. In
-evaluation they are all that BM25 found, later ids first: a stable sort by score then leaves ties as trec_eval
-does.
+In training the candidates are a relevant document, the first, and others that nobody judged relevant: some that
+BM25 ranks high for the query, and for the rest any that it found for some query. They are drawn anew for every
+step as a function of `(seed, step, query)`. With hard ones alone there is a shortcut: documents of many common
+words are then mostly wrong and others mostly right, whatever the query. In evaluation the candidates are all that
+BM25 found, later ids first: a stable sort by score then leaves ties as trec_eval does.
+
+The types tell a model from the start what a pretrained one knows: which text a token is of, and which tokens the
+texts share. Models of a few thousand queries do not learn to compare tokens by themselves.
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 IDEAL = 10  # the deepest cut-off of the metrics
+NUM_TYPES = 5
 
 
 class PairBatch(TypedDict):
@@ -36,6 +43,7 @@ class PairBatch(TypedDict):
 
     tokens: np.ndarray
     mask: np.ndarray
+    types: np.ndarray
     grades: np.ndarray
     candidate_mask: np.ndarray
     first_stage: np.ndarray
@@ -67,6 +75,7 @@ class RankedLists:
       tokenizer: see `train.data.bpe`.
       lengths: of what is kept of the texts.
       num_candidates: `C` of training, None for evaluation.
+      num_hard: how many of them BM25 ranks high, at most; None for all but the first.
       seed: of the draws in training.
     """
 
@@ -77,10 +86,11 @@ class RankedLists:
         tokenizer: Tokenizer,
         lengths: Lengths,
         num_candidates: int | None = None,
+        num_hard: int | None = None,
         seed: int = 0,
     ):
         self.collection, self.first_stage, self.lengths = collection, first_stage, lengths
-        self.num_candidates, self.seed = num_candidates, seed
+        self.num_candidates, self.num_hard, self.seed = num_candidates, num_hard, seed
         self.document_ids = list(collection.documents)
         place = {name: index for index, name in enumerate(self.document_ids)}
         self.grades = [
@@ -118,7 +128,7 @@ class RankedLists:
         relevant = np.array([place for place, grade in sorted(self.grades[query].items()) if grade > 0])
         wanted = self.num_candidates - 1
         others = np.setdiff1d(found, relevant)
-        chosen = random.permutation(others)[:wanted]
+        chosen = random.permutation(others)[: wanted if self.num_hard is None else min(wanted, self.num_hard)]
         if len(chosen) < wanted:
             rest = np.setdiff1d(self.needed, np.concatenate([relevant, chosen]))
             chosen = np.concatenate([chosen, random.permutation(rest)[: wanted - len(chosen)]])
@@ -140,6 +150,7 @@ class RankedLists:
         made = PairBatch(
             tokens=np.zeros((num_rows, width, length), np.int32),
             mask=np.zeros((num_rows, width, length), bool),
+            types=np.zeros((num_rows, width, length), np.int32),
             grades=np.zeros((num_rows, width), np.int32),
             candidate_mask=np.zeros((num_rows, width), bool),
             first_stage=np.zeros((num_rows, width), np.float32),
@@ -154,6 +165,7 @@ class RankedLists:
                 pair = self.pair(query, document)
                 made["tokens"][row, column, : len(pair)] = pair
                 made["mask"][row, column, : len(pair)] = True
+                made["types"][row, column, : len(pair)] = _types(pair)
                 made["grades"][row, column] = max(self.grades[query].get(document, 0), 0)
                 made["candidate_mask"][row, column] = True
                 made["first_stage"][row, column] = scores.get(document, 0.0)
@@ -163,6 +175,14 @@ class RankedLists:
         """`[CLS] query [SEP] document [SEP]`, the document cut so that it fits."""
         head = [bpe.CLS_ID, *self.queries[query], bpe.SEP_ID]
         return [*head, *self.documents[document][: self.lengths.pair - len(head) - 1], bpe.SEP_ID]
+
+
+def _types(pair: list[int]) -> np.ndarray:
+    tokens = np.array(pair)
+    middle = pair.index(bpe.SEP_ID)
+    second = np.arange(len(pair)) > middle
+    both = np.where(second, np.isin(tokens, tokens[1:middle]), np.isin(tokens, tokens[middle + 1 : -1]))
+    return np.where(np.isin(tokens, (bpe.CLS_ID, bpe.SEP_ID)), 0, 1 + 2 * second + both)
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> list[list[int]]:

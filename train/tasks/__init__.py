@@ -8,7 +8,13 @@ from train.tasks.task import Batch, Metrics, Task
 
 __all__ = ["TASKS", "Batch", "Metrics", "Task", "prepare"]
 
-TASKS: dict[str, type[Task]] = {"listops": lra.ListOps, "video": video.SlotVideo, "rerank": rerank.Rerank}
+TASKS: dict[str, type[Task]] = {
+    "listops": lra.ListOps,
+    "text": lra.Text,
+    "image": lra.Image,
+    "video": video.SlotVideo,
+    "rerank": rerank.Rerank,
+}
 
 
 def prepare(config: Config) -> Task:

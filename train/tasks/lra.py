@@ -9,7 +9,8 @@ import optax
 from flax import nnx
 
 from attn_jax.models import TransformerClassifier
-from train.data import SequenceDataset, batches, listops
+from train.config import Config
+from train.data import SequenceDataset, batches, images, listops, realdata, text
 from train.tasks.task import Batch, Metrics, Task
 
 BYTES = tuple(chr(byte) if 32 < byte < 127 else {10: "↵", 32: "␣"}.get(byte, f"{byte:02x}") for byte in range(256))
@@ -26,6 +27,7 @@ class SequenceClassification(Task):
     primary = "accuracy"
     better = "higher"
     vocab_size: int
+
     num_classes: int
     words: Sequence[str] | None = None
 
@@ -87,3 +89,42 @@ class ListOps(SequenceClassification):
     def baselines(self, split: str) -> dict[str, float]:
         root = listops.root_operator_accuracy(self.data["train"], self.data[split])
         return super().baselines(split) | {"root operator": root}
+
+
+class Text(SequenceClassification):
+    """The topic of a news article, or the sentiment of a film review, from its bytes."""
+
+    vocab_size = text.VOCAB_SIZE
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.num_classes = len(realdata.TOPICS if config.task.source == "news" else text.SENTIMENTS)
+
+    def load(self) -> Mapping[str, SequenceDataset]:
+        source, length = self.config.task.source, max(self.config.task.buckets)
+        match source:
+            case "news":
+                return text.news(length)
+            case "imdb":
+                return text.tfds_imdb(length)
+        return text.acl_imdb(source, length)
+
+
+class Image(SequenceClassification):
+    """What an image shows, from its pixels one after the other."""
+
+    vocab_size = images.VOCAB_SIZE
+    num_classes = images.NUM_CLASSES
+
+    def load(self) -> Mapping[str, SequenceDataset]:
+        match self.config.task.source:
+            case "digits":
+                return images.digits()
+            case "cifar10":
+                return images.tfds_cifar10()
+        return images.cifar10(self.config.task.source)
+
+    def metrics(self, model: nnx.Module, batch: Batch) -> Metrics:
+        if self.config.task.mask_black:
+            batch = {**batch, "mask": batch["mask"] & (batch["tokens"] > 0)}
+        return super().metrics(model, batch)

@@ -7,18 +7,38 @@ loss `l` (or nDCG@10) of a query's scores `s`
     r_d = l(s) - l(s with s_i of depth d)            of pair i, for each depth d that is tried
 
 one layer at a time, a random one in each step (`attn_jax.mechanisms.maw_exploration`). The other parameters learn
-from the listwise loss as ever, with the depths that the routers draw.
+from the listwise loss as ever, with the depths that the routers draw. Two more terms, off by default, look at the
+attention itself, at `e_d`, the entropy of the rows of depth `d` relative to its largest (0 one key, 1 all alike):
+
+    - entropy_weight e_d                      focus, whatever the pair
+    + alignment_weight (1 - e_d)              focus on relevant pairs alone
+
+The source's reward is not offered. Its first version, `.3 entropy + .3 / (1 + std) + .4 relevance max`, pays for
+flat attention twice and, in relevant pairs, for its opposite; its last pays minus the entropy. Neither has a term
+that depends on the ranking. What is meaningful of them are the two terms above.
+
+The reference of the policy losses is the uniform policy. A language model's reference is what it was before the
+reinforcement, and keeps its abilities; a router has none before, and starts almost uniform. `KL(pi | uniform)` is
+`log depth` less the entropy, so the objective `E r - beta KL` is the same in every step, and its optimum,
+`softmax(r / beta)`, keeps trying depths as the model changes. The source renews its reference every five epochs:
+what is then kept near is an earlier mistake or an earlier success alike, after `k` renewals the optimum is
+`softmax(k r / beta)`, which collapses, and there is a second router to save. Runs here mostly last a few epochs,
+in which it would never be renewed: a frozen copy of the almost uniform first router.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attn_jax.aux import record
+from attn_jax.engine.streaming import Stream, attend
 from attn_jax.mechanisms import maw_exploration as exploration
 from attn_jax.mechanisms import maw_router
+from attn_jax.mechanisms.maw import MultiAttentionWeight, Revealed
 from attn_jax.types import Array
 
 Method = Literal["straight_through", "supervised", "rule", "grpo", "actor_critic", "exact"]
@@ -62,6 +82,79 @@ def counterfactual(judge: Judge, scores: Array, tried: Array, grades: Array, mas
     return judged - judge(scores, grades, mask)[:, None, None]
 
 
+class _Watched(nnx.Module):
+    """A layer that keeps what it reads."""
+
+    def __init__(self, layer: MultiAttentionWeight):
+        self.layer = layer
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        record(self, Revealed, "x", x)
+        record(self, Revealed, "mask", jnp.ones(x.shape[:2], bool) if mask is None else mask)
+        return self.layer(x, mask=mask)
+
+    def seen(self) -> tuple[Array, Array]:
+        x, mask = (vars(self)[f"aux_{name}"][...] for name in ("x", "mask"))
+        return x, mask
+
+
+@contextmanager
+def watched(model: nnx.Module) -> Iterator[Callable[[], list[tuple[Array, Array]]]]:
+    """While the body runs, the `maw` layers of `model` keep what they read.
+
+    Yields:
+      A function that gives, by layer, what it read in the last call: `(B, L, D)` and its mask `(B, L)`.
+    """
+    layers = exploration.layers(model)
+    places = {
+        id(child): (parent, name) for _, parent in nnx.iter_modules(model) for name, child in vars(parent).items()
+    }
+    watchers = [_Watched(layer) for layer in layers]
+    for layer, watcher in zip(layers, watchers):
+        setattr(*places[id(layer)], watcher)
+    try:
+        yield lambda: [watcher.seen() for watcher in watchers]
+    finally:
+        for layer in layers:
+            setattr(*places[id(layer)], layer)
+
+
+def row_entropies(layer: MultiAttentionWeight, x: Array, mask: Array) -> Array:
+    """The entropy of the attention of each depth, relative to the largest there can be: `(B, depth)`, in 0..1.
+
+    The mean over heads and real tokens; 0 where there is one key alone. It needs no attention matrix: with
+    `p = exp(z - lse)` the entropy of a row is `lse - sum_j p_j z_j`, and `sum_j p_j k_j` is an attention whose
+    values are the keys.
+
+    Args:
+      layer: whose projections are used.
+      x, mask: `(B, L, D)` and bool `(B, L)`, what it reads.
+    """
+    count = jnp.maximum(mask.sum(axis=1), 1)
+
+    def of(depth: Array) -> Array:
+        route = jax.nn.one_hot(depth, layer.depth)[None]
+        q, k = (layer.split_heads(project(x, route)).astype(jnp.float32) for project in (layer.query, layer.key))
+        scale = layer.head_dim**-0.5
+        found = attend(q, [Stream(k, k, mask)], scale=scale, implementation=layer.implementation)
+        entropy = found.lse - scale * jnp.sum(q * found.out, axis=-1)
+        rows = jnp.sum(jnp.where(mask, entropy.mean(axis=2), 0), axis=1) / count
+        return rows / jnp.log(jnp.maximum(count, 2))
+
+    found = jnp.stack(jax.lax.map(of, jnp.arange(layer.depth)), axis=1)
+    return jax.lax.stop_gradient(jnp.clip(found, 0, 1))
+
+
+def decisions(layer: MultiAttentionWeight, x: Array, mask: Array) -> Array:
+    """The most probable depth of each example, one-hot `(B, depth)`.
+
+    Args:
+      layer: in evaluation mode.
+      x, mask: `(B, L, D)` and bool `(B, L)`, what it reads.
+    """
+    return jax.nn.one_hot(layer.route(x, mask=mask).logits.argmax(axis=1), layer.depth)
+
+
 def router_loss(
     model: nnx.Module,
     call: Callable[[Any], Array],
@@ -73,6 +166,8 @@ def router_loss(
     method: Method,
     group: int = 8,
     temperature: float = 0.1,
+    entropy_weight: float = 0.0,
+    alignment_weight: float = 0.0,
     critic: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of one layer's router, drawn by `key`, and its mean reward.
@@ -87,13 +182,25 @@ def router_loss(
         `softmax(r_d / temperature)`; "rule": to the source's count of relevant documents, with its ranking term;
         "grpo", "actor_critic", "exact": `maw_router.policy_loss`, with the uniform policy as the reference.
       group: depths tried by "grpo".
+      temperature: of the targets of "supervised".
+      entropy_weight, alignment_weight: of what a depth's attention adds to its reward, see the module's
+        documentation.
       critic: from the router's state to a value, for "actor_critic".
     """
     which, sample = jax.random.split(key)
     count = len(exploration.layers(model))
 
     def of_layer(layer: int) -> tuple[Array, Array]:
-        route, scores = exploration.policy(model, call, layer)
+        def judged(model: nnx.Module) -> tuple[Array, Array | float]:
+            if not (entropy_weight or alignment_weight):
+                return call(model), 0.0
+            with watched(model) as seen:
+                scores = call(model)
+            flat = row_entropies(exploration.layers(model)[layer], *seen()[layer])
+            relevant = (mask & (grades > 0)).reshape(-1, 1)
+            return scores, alignment_weight * relevant * (1 - flat) - entropy_weight * flat
+
+        route, (scores, focus) = exploration.policy(model, judged, layer)
         logits, scores = route.logits, jax.lax.stop_gradient(scores)
         old, depth = jax.lax.stop_gradient(logits), logits.shape[1]
         estimator: Any = method if method in get_args(maw_router.Estimator) else "exact"
@@ -101,6 +208,8 @@ def router_loss(
         tried = exploration.explore(model, call, layer, depths)
         rewards = counterfactual(judge, scores, tried, grades, mask).reshape(len(depths), -1)
         real = mask.reshape(-1, 1)
+        if not isinstance(focus, float):
+            rewards += jnp.take_along_axis(focus, depths, axis=1)
         rewards = jnp.where(real, rewards, 0)
         if method == "supervised":
             targets = maw_router.loss_targets(-rewards, temperature)

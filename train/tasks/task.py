@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import grain
@@ -48,6 +49,11 @@ class Task(ABC):
     @abstractmethod
     def model(self, rngs: nnx.Rngs) -> nnx.Module:
         """The untrained model, a function of `config` and of what `prepare` found."""
+
+    @property
+    def pretrained(self) -> Path | None:
+        """The work directory of a run from whose best model this one starts."""
+        return None
 
     def model_arguments(self) -> dict[str, Any]:
         """What the config says about the model, the mechanism and the types, as arguments of a model."""
