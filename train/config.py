@@ -170,7 +170,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Keys, such as `model.dim`, in which two configs of `to_dict` differ, `RUNTIME_KEYS` aside."""
-    flat_a, flat_b = _flatten(_settings(a)), _flatten(_settings(b))
+    flat_a, flat_b = flatten(_settings(a)), flatten(_settings(b))
     missing = object()
     return [key for key in {**flat_a, **flat_b} if flat_a.get(key, missing) != flat_b.get(key, missing)]
 
@@ -247,8 +247,9 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in RUNTIME_KEYS + _VERDICT_KEYS}
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values in `tree` by keys such as `model.dim`."""
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat

@@ -6,6 +6,7 @@ import numpy as np
 
 DRAWS = 10_000
 _SEED = 0  # equal runs give equal intervals
+_MAX_WEIGHTS = 2**24  # of examples in memory at once
 
 
 class Interval(NamedTuple):
@@ -45,12 +46,33 @@ def relative_differences(first: np.ndarray, second: np.ndarray) -> tuple[float, 
     """
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(f"expected two arrays (seeds, examples) of one shape, got {first.shape}, {second.shape}")
-    random = np.random.default_rng(_SEED)
-    seeds, examples = first.shape
-    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
-    by_example = random.multinomial(examples, np.full(examples, 1 / examples), DRAWS) / examples
-    means = [np.einsum("ds,se,de->d", by_seed, runs, by_example, optimize=True) for runs in (first, second)]
+    means = resampled_means(first, second)
     return float(second.mean() / first.mean() - 1), means[1] / means[0] - 1
+
+
+def resampled_means(*runs: np.ndarray) -> list[np.ndarray]:
+    """The bootstrap distribution of the mean of each of `runs`, all of one shape `(seeds, examples)`.
+
+    Seeds and examples are resampled, the same in all of them.
+
+    Returns:
+      For each of `runs` `(DRAWS,)` values.
+    """
+    random = np.random.default_rng(_SEED)
+    seeds, examples = runs[0].shape
+    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
+    # Examples with the same values everywhere, as most have where the metric is 0 or 1, are drawn together.
+    _, first, counts = np.unique(np.concatenate(runs), axis=1, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    columns, chances = first[order], counts[order] / examples
+    means = np.empty((len(runs), DRAWS))
+    block = max(1, _MAX_WEIGHTS // len(columns))
+    for start in range(0, DRAWS, block):
+        seed_weights = by_seed[start : start + block]
+        weights = random.multinomial(examples, chances, len(seed_weights)) / examples
+        for mean, values in zip(means[:, start : start + block], runs):
+            mean[:] = np.einsum("ds,se,de->d", seed_weights, values[:, columns], weights, optimize=True)
+    return list(means)
 
 
 def interval(value: float, draws: np.ndarray) -> Interval:

@@ -1,7 +1,7 @@
 """Long Range Arena (Tay et al. 2020): classification of long sequences of tokens."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import grain
 import jax.numpy as jnp
@@ -13,15 +13,23 @@ from train.config import Config
 from train.data import SequenceDataset, batches, images, listops, realdata, text
 from train.tasks.task import Batch, Metrics, Task
 
+BYTES = tuple(chr(byte) if 32 < byte < 127 else {10: "↵", 32: "␣"}.get(byte, f"{byte:02x}") for byte in range(256))
+"""The words of tasks whose tokens are bytes."""
+
 
 class SequenceClassification(Task):
-    """A class for each sequence of tokens."""
+    """A class for each sequence of tokens.
+
+    Attributes:
+      words: what the tokens 1, 2, ... stand for in text; None where they are no text.
+    """
 
     primary = "accuracy"
     better = "higher"
     vocab_size: int
 
     num_classes: int
+    words: Sequence[str] | None = None
 
     @abstractmethod
     def load(self) -> Mapping[str, SequenceDataset]:
@@ -58,12 +66,19 @@ class SequenceClassification(Task):
     def baselines(self, split: str) -> dict[str, float]:
         return {"majority": listops.majority_accuracy(self.data["train"].labels, self.data[split].labels)}
 
+    def example_text(self, batch: Batch, row: int) -> list[str] | None:
+        if self.words is None:
+            return None
+        known = dict(enumerate(self.words, start=1))
+        return [known.get(token, "?") for token in batch["tokens"][row][batch["mask"][row]].tolist()]
+
 
 class ListOps(SequenceClassification):
     """The value of a nested list of operations on digits."""
 
     vocab_size = listops.VOCAB_SIZE
     num_classes = listops.NUM_CLASSES
+    words = listops.VOCABULARY
 
     def load(self) -> Mapping[str, SequenceDataset]:
         task = self.config.task

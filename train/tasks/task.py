@@ -82,6 +82,10 @@ class Task(ABC):
     def baselines(self, split: str) -> dict[str, float]:
         """What trivial predictors reach in `primary` on `split`, by name."""
 
+    def example_text(self, batch: Batch, row: int) -> list[str] | None:
+        """The tokens of the example `row` in words, for the axes of plots; None where they are no text."""
+        return None
+
     def loss(self, model: nnx.Module, batch: Batch) -> tuple[Array, dict[str, Array]]:
         """The scalar that training minimises, and the means to log beside it."""
         return means_of(self.metrics(model, batch))

@@ -1,0 +1,1 @@
+"""One report over many finished runs: `comparison.compare` computes it, `report` writes it down."""
