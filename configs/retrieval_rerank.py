@@ -5,7 +5,7 @@
     python -m train --config configs/retrieval_rerank.py:mamba,smoke    # a minute, to see that it runs
 
 A cross-encoder reads `[CLS] query [SEP] document [SEP]` and gives a score; it learns from a relevant document
-among others that BM25 ranks high, and reorders BM25's best. Data, `--config.task.source=`:
+among others, of which BM25 ranks some high, and reorders BM25's best. Data, `--config.task.source=`:
 
     docstrings    summary line -> function, over the standard library of the running Python (the default)
     news          title -> article, of the extra `realdata`
