@@ -2,7 +2,7 @@
 
 from attn_jax.models.reranker import Reranker
 from attn_jax.models.slots import SlotBasedVideoModel, SlotDecoder, SlotEncoder
-from attn_jax.models.transformer import Transformer, TransformerBlock, TransformerClassifier
+from attn_jax.models.transformer import Transformer, TransformerBlock, TransformerClassifier, TransformerMatcher
 
 __all__ = [
     "Reranker",
@@ -12,4 +12,5 @@ __all__ = [
     "Transformer",
     "TransformerBlock",
     "TransformerClassifier",
+    "TransformerMatcher",
 ]

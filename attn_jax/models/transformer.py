@@ -12,6 +12,7 @@ from attn_jax.registry import build
 from attn_jax.types import Array, Dtype, check_choice, check_integer, check_mask, check_number, check_shape
 
 Pool = Literal["cls", "first", "mean"]
+Features = Literal["concatenated", "product"]
 Norm = Literal["pre", "post"]
 Activation = Literal["gelu", "swiglu"]
 
@@ -153,6 +154,7 @@ class TransformerClassifier(nnx.Module):
         (over real tokens).
       num_types: kinds of tokens, each with an embedding of its own that is added; 0 for none.
       head_dim: hidden width of the head, None for the MLP's.
+      head_inputs: how many vectors `(B, D)` side by side the head reads.
       dropout: also on the embeddings.
       **transformer: further arguments of `Transformer` and `TransformerBlock`.
     """
@@ -168,6 +170,7 @@ class TransformerClassifier(nnx.Module):
         pool: Pool = "cls",
         num_types: int = 0,
         head_dim: int | None = None,
+        head_inputs: int = 1,
         mlp_dim: int | None = None,
         dropout: float = 0.0,
         dtype: Dtype | None = None,
@@ -202,7 +205,9 @@ class TransformerClassifier(nnx.Module):
             **transformer,
         )
         width = mlp_dim if head_dim is None else head_dim
-        self.head_in = nnx.Linear(dim, width, kernel_metadata=logical_axes("embed", "mlp"), **types, rngs=rngs)
+        self.head_in = nnx.Linear(
+            head_inputs * dim, width, kernel_metadata=logical_axes("embed", "mlp"), **types, rngs=rngs
+        )
         self.head_out = nnx.Linear(
             width, num_classes, kernel_metadata=logical_axes("mlp", None), **types, rngs=rngs
         )
@@ -211,6 +216,10 @@ class TransformerClassifier(nnx.Module):
 
     def __call__(self, tokens: Array, *, mask: Array | None = None, types: Array | None = None) -> Array:
         """Logits `(B, num_classes)`, float32, of `tokens` int `(B, L)` with mask bool and `types` int `(B, L)`."""
+        return self.head(self.pooled(tokens, mask=mask, types=types))
+
+    def pooled(self, tokens: Array, *, mask: Array | None = None, types: Array | None = None) -> Array:
+        """What the encoder makes of each sequence, `(B, D)`; arguments as in a call."""
         check_shape("TransformerClassifier", "tokens", tokens, "(B, L)", (None, None))
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(f"TransformerClassifier: `tokens` must be integers, got dtype {tokens.dtype}")
@@ -226,8 +235,39 @@ class TransformerClassifier(nnx.Module):
             mask = None if mask is None else jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)
         x = self.dropout(x + sinusoidal_positions(x.shape[1], x.shape[2], x.dtype))
         x = self.transformer(x, mask=mask)
-        pooled = masked_mean(x, mask) if self.pool == "mean" else first_real(x, mask)
+        return masked_mean(x, mask) if self.pool == "mean" else first_real(x, mask)
+
+    def head(self, pooled: Array) -> Array:
+        """Logits `(B, num_classes)`, float32, of `(B, head_inputs * D)`."""
         return self.head_out(nnx.relu(self.head_in(pooled))).astype(jnp.float32)
+
+
+class TransformerMatcher(TransformerClassifier):
+    """Two documents to class logits: both through one encoder, then the head on what it makes of them.
+
+    Args:
+      features: what the head reads of the two vectors: "concatenated" `[x1, x2]`, as Long Range Arena's code, or
+        "product" `[x1, x2, x1 x2, x1 - x2]`, as its paper (Tay et al. 2021, section 3.3).
+      **classifier: the arguments of `TransformerClassifier`.
+    """
+
+    def __init__(self, *, features: Features = "concatenated", **classifier: Any):
+        check_choice("TransformerMatcher", "features", features, Features)
+        super().__init__(head_inputs=2 if features == "concatenated" else 4, **classifier)
+        self.features = features
+
+    def __call__(self, tokens: Array, *, mask: Array | None = None) -> Array:
+        """Logits `(B, num_classes)`, float32, of `tokens` int `(B, 2, L)` with mask bool `(B, 2, L)`."""
+        check_shape("TransformerMatcher", "tokens", tokens, "(B, 2, L)", (None, 2, None))
+        check_mask("TransformerMatcher", "mask", mask, "(B, 2, L)", tokens.shape)
+        batch, _, length = tokens.shape
+        flat = None if mask is None else mask.reshape(2 * batch, length)
+        both = self.pooled(tokens.reshape(2 * batch, length), mask=flat).reshape(batch, 2, -1)
+        first, second = both[:, 0], both[:, 1]
+        parts = [first, second]
+        if self.features == "product":
+            parts += [first * second, first - second]
+        return self.head(jnp.concatenate(parts, axis=1))
 
 
 def first_real(x: Array, mask: Array | None) -> Array:

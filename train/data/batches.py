@@ -197,6 +197,23 @@ class _PaddedSequences:
         return Batch(tokens=tokens, mask=mask, label=label, example_mask=np.arange(num_rows) < len(examples))
 
 
+class PairedSequences:
+    """Pairs of sequences, `2 i` and `2 i + 1` of a data set that labels both alike, by the bucket of the longer.
+
+    A batch is that of sequences, with `(B, 2, L)` tokens and mask.
+    """
+
+    def __init__(self, dataset: Sequences, buckets: Sequence[int]):
+        self.sequences = _PaddedSequences(dataset, buckets)
+        self.groups = self.sequences.groups.reshape(-1, 2).max(axis=1)
+
+    def collate(self, examples: np.ndarray, batch: np.ndarray, num_rows: int, step: int) -> Batch:
+        both, all_of_both = (np.stack([2 * pairs, 2 * pairs + 1], axis=1).ravel() for pairs in (examples, batch))
+        made = self.sequences.collate(both, all_of_both, 2 * num_rows, step)
+        tokens, mask = (array.reshape(num_rows, 2, -1) for array in (made["tokens"], made["mask"]))
+        return Batch(tokens=tokens, mask=mask, label=made["label"][::2], example_mask=made["example_mask"][::2])
+
+
 class _Stacked:
     """Clips, all of one group."""
 

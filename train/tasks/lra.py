@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from attn_jax.models import TransformerClassifier
+from attn_jax.models import TransformerClassifier, TransformerMatcher
 from train.config import Config
-from train.data import SequenceDataset, batches, images, listops, pathfinder, realdata, text
+from train.data import SPLITS, SequenceDataset, aan, batches, images, listops, pathfinder, realdata, text
 from train.tasks.task import Batch, Metrics, Task
 
 BYTES = tuple(chr(byte) if 32 < byte < 127 else {10: "↵", 32: "␣"}.get(byte, f"{byte:02x}") for byte in range(256))
@@ -141,3 +141,35 @@ class Pathfinder(SequenceClassification):
         if task.data_dir:
             return pathfinder.read(task.data_dir, task.generator.size)
         return pathfinder.load(pathfinder.Pathfinder(**task.generator))
+
+
+class Retrieval(SequenceClassification):
+    """Whether two documents belong together, from their bytes, by two towers that share their parameters."""
+
+    vocab_size = text.VOCAB_SIZE
+    num_classes = aan.NUM_CLASSES
+
+    def load(self) -> Mapping[str, SequenceDataset]:
+        task = self.config.task
+        if task.source == "news":
+            sizes = {split: task[f"num_{split}"] for split in SPLITS}
+            return aan.news(sizes, max(task.buckets))
+        return aan.read(task.source, max(task.buckets))
+
+    def model(self, rngs: nnx.Rngs) -> nnx.Module:
+        return TransformerMatcher(
+            vocab_size=self.vocab_size, num_classes=self.num_classes, rngs=rngs, **self.model_arguments()
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return batches.num_batches(len(self._pairs("train").groups), self.config.batch_size)
+
+    def _pairs(self, split: str) -> batches.PairedSequences:
+        return batches.PairedSequences(self.data[split], self.buckets)
+
+    def train_iterator(self, seed: int) -> grain.DatasetIterator:
+        return batches.plan_iterator(self._pairs("train"), batch_size=self.config.batch_size, seed=seed)
+
+    def eval_batches(self, split: str) -> Iterable[Batch]:
+        return batches.plan_batches(self._pairs(split), batch_size=self.config.eval_batch_size)

@@ -1,0 +1,139 @@
+"""Document retrieval of Long Range Arena: pairs as published, and two towers that read them alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attn_jax.models import TransformerMatcher
+from tests.runs import outcome
+from train.__main__ import main
+from train.data import DataError, aan, batches, realdata
+
+# Of float32 logits of order 1, summed in another order.
+ROUNDING = 1e-5
+
+
+def matcher(features="concatenated"):
+    size = dict(vocab_size=257, num_classes=2, dim=8, num_heads=2, num_layers=1, mlp_dim=16)
+    model = TransformerMatcher(features=features, rngs=nnx.Rngs(0), **size)
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("features", ["concatenated", "product"])
+def test_a_padded_pair_is_the_pair(features):
+    model = matcher(features)
+    tokens = jax.random.randint(jax.random.key(0), (3, 2, 7), 1, 257)
+    padded = jnp.full((3, 2, 11), 99).at[:, :, :7].set(tokens)
+    mask = jnp.broadcast_to(jnp.arange(11) < 7, padded.shape)
+    np.testing.assert_allclose(model(padded, mask=mask), model(tokens), atol=ROUNDING)
+
+
+def test_both_documents_go_through_the_same_encoder():
+    model = matcher("product")
+    tokens = jax.random.randint(jax.random.key(0), (3, 2, 7), 1, 257)
+    first, second = (model.pooled(tokens[:, place]) for place in (0, 1))
+    expected = model.head(jnp.concatenate([first, second, first * second, first - second], axis=1))
+    np.testing.assert_allclose(model(tokens), expected, atol=ROUNDING)
+    assert np.abs(model(tokens) - model(tokens[:, ::-1])).max() > 100 * ROUNDING
+    with pytest.raises(ValueError, match=r"`features` must be .*product"):
+        matcher("nope")
+    with pytest.raises(ValueError, match=r"`tokens` must have shape \(B, 2, L\)"):
+        model(tokens[:, 0])
+
+
+@pytest.fixture
+def published(tmp_path):
+    folder = tmp_path / "tsv_data"
+    folder.mkdir()
+    for name in ("train", "eval", "test"):
+        lines = [
+            f'{float(number % 2)}\tid{number}\tid"{number}\t{name} first "{number}\t{"x" * number} second\r\n'
+            for number in range(10)
+        ]
+        (folder / f"new_aan_pairs.{name}.tsv").write_text("".join(lines), newline="")
+    return tmp_path
+
+
+def test_published_pairs_are_read_as_they_stand(published):
+    splits = aan.read(published, 12)
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [20, 20, 20]
+    assert splits["val"].labels.tolist() == [number % 2 for number in range(10) for _ in (1, 2)]
+    texts = [bytes((splits["val"][place]["tokens"] - 1).astype(np.uint8)) for place in (6, 7)]
+    assert texts == [b'eval first "', b"xxx second"]
+    assert splits["test"].lengths.max() == 12
+    for label in (0, 1):  # also without the folder in between
+        assert (aan.read(published / "tsv_data", 12)["train"].labels == label).sum() == 10
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (None, "cannot read .*eval.tsv: No such file.*download lra_release.gz"),
+        (b"", "holds no pairs"),
+        (
+            b"1.0\ta\tb\ttext\ttext\n2.0\ta\tb\ttext\ttext\n",
+            r"eval.tsv:2: expected label .*got 5 fields and b'2.0'",
+        ),
+        (b"1.0\ta\tb\ttext\ttext\n1.0\ta\tb\tte", r"eval.tsv:2: .*got 4 fields.*cut off"),
+        (b"1.0\ta\tb\t\ttext\n", r"eval.tsv:1: "),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(published, content, complaint):
+    file = published / "tsv_data" / "new_aan_pairs.eval.tsv"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        aan.read(published, 12)
+
+
+def test_every_pair_is_in_one_batch_with_both_documents(published):
+    data = aan.read(published, 32)["train"]
+    made = list(batches.plan_batches(batches.PairedSequences(data, (16, 32)), batch_size=4))
+    found = [
+        tuple(tuple((tokens[mask] - 1).tolist()) for tokens, mask in zip(*pair)) + (label,)
+        for batch in made
+        for *pair, label, real in zip(batch["tokens"], batch["mask"], batch["label"], batch["example_mask"])
+        if real
+    ]
+    pairs = [data[place]["tokens"].astype(int) - 1 for place in range(20)]
+    expected = [(tuple(pairs[2 * i]), tuple(pairs[2 * i + 1]), i % 2) for i in range(10)]
+    assert sorted(found) == sorted(expected)
+    assert {batch["tokens"].shape for batch in made} <= {(4, 2, 16), (4, 2, 32)}
+
+
+def test_pairs_of_news_are_of_one_topic_or_of_two_and_of_one_split():
+    try:
+        articles = realdata.distinct_articles()
+    except DataError as error:
+        pytest.skip(str(error))
+    topic = {article.text[:80]: article.topic for article in articles}
+    splits = aan.news({"train": 40, "val": 20, "test": 20}, 80)
+    seen = []
+    for data in splits.values():
+        texts = [bytes((data[place]["tokens"] - 1).astype(np.uint8)) for place in range(len(data))]
+        assert data.labels.mean() == 0.5
+        for place in range(0, len(texts), 2):
+            assert (topic[texts[place]] == topic[texts[place + 1]]) == bool(data.labels[place])
+            assert texts[place] != texts[place + 1]
+        seen.append(set(texts))
+    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
+    again = aan.news({"train": 40, "val": 20, "test": 20}, 80)
+    np.testing.assert_array_equal(splits["train"].tokens, again["train"].tokens)
+
+
+def test_a_run_on_published_pairs(published, tmp_path):
+    settings = (
+        f"task.source={published}",
+        "model.dim=8",
+        "model.num_layers=1",
+        "steps=2",
+        "eval_every=2",
+        "mesh.data=1",
+    )
+    overrides = [f"--config.{setting}" for setting in settings]
+    run = tmp_path / "run"
+    code, out, error = outcome(main, "--config", "configs/lra_retrieval.py:smoke", *overrides, "--workdir", run)
+    assert code == 0, error
+    assert "majority" in out and (run / "result.json").exists()
