@@ -233,7 +233,7 @@ def _check_key(config: Config, key: str) -> None:
 
 def _check_values(config: Config) -> None:
     """Raises a `UsageError` where a setting of `COMMON` is out of its range, before anything is made of it."""
-    values = _flatten(to_dict(config))
+    values = flatten(to_dict(config))
     for key, least in LEAST.items():
         if key in values and not values[key] >= least:
             raise UsageError(f"--config.{key} must be at least {least}, got {values[key]}")
