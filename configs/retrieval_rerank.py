@@ -4,8 +4,11 @@
     python -m train --config configs/retrieval_rerank.py:maw --config.task.router.method=grpo
     python -m train --config configs/retrieval_rerank.py:mamba,smoke    # a minute, to see that it runs
 
+After 250 of the 1,000 steps of the default run, standard attention (seed 0, 4 minutes of one core) has nDCG@10
+0.359 on the validation, and BM25, whose order it changes, 0.433: it learns, and does not beat what it reranks.
+
 A cross-encoder reads `[CLS] query [SEP] document [SEP]` and gives a score; it learns from a relevant document
-among others that BM25 ranks high, and reorders BM25's best. Data, `--config.task.source=`:
+among others, of which BM25 ranks some high, and reorders BM25's best. Data, `--config.task.source=`:
 
     docstrings    summary line -> function, over the standard library of the running Python (the default)
     news          title -> article, of the extra `realdata`

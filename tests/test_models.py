@@ -285,6 +285,19 @@ def test_the_classifier_is_its_parts(pool):
     close(logits, by_hand(model))
 
 
+def test_types_are_added_to_the_embeddings_and_change_no_other_parameter():
+    model, plain = classifier(num_types=3), classifier()
+    for path, value in nnx.to_flat_state(nnx.state(plain, nnx.Param)):
+        np.testing.assert_array_equal(value[...], dict(nnx.to_flat_state(nnx.state(model)))[path][...])
+    types = jnp.arange(tokens().size).reshape(tokens().shape) % 3
+    assert np.abs(model(tokens(), types=types) - plain(tokens())).max() > 0.01
+    model.type_embed.embedding[...] = 0 * model.type_embed.embedding[...]
+    close(model(tokens(), types=types), plain(tokens()))
+    for wrong, arguments in ((model, {}), (plain, {"types": types})):
+        with pytest.raises(ValueError, match="`types` go with `num_types`"):
+            wrong(tokens(), **arguments)
+
+
 @pytest.mark.parametrize("pool", ["cls", "first", "mean"])
 def test_padding_changes_no_logit(pool):
     """A padded batch gives what its sequences give alone, whatever ids the padding has."""
