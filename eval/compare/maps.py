@@ -115,7 +115,8 @@ def of_run(run: Run) -> tuple[list[Map], str]:
         raise cli.UsageError(f"its model cannot be restored: {type(error).__name__}: {reason}") from error
     chosen = dict.fromkeys([*list(weights)[:1], *list(weights)[-1:]])
     maps = [_map(module, weights[module], text, batch) for module in chosen]
-    return maps, "" if text is None else " ".join(text[:WINDOW])
+    words = (text or [])[:WINDOW]
+    return maps, (" " if any(len(word) > 1 for word in words) else "").join(words)
 
 
 def attention_weights(task: Task, model: nnx.Module, batch: Batch) -> dict[str, np.ndarray]:
