@@ -12,6 +12,7 @@ TASKS: dict[str, type[Task]] = {
     "listops": lra.ListOps,
     "text": lra.Text,
     "image": lra.Image,
+    "pathfinder": lra.Pathfinder,
     "video": video.SlotVideo,
     "rerank": rerank.Rerank,
 }

@@ -10,7 +10,7 @@ from flax import nnx
 
 from attn_jax.models import TransformerClassifier
 from train.config import Config
-from train.data import SequenceDataset, batches, images, listops, realdata, text
+from train.data import SequenceDataset, batches, images, listops, pathfinder, realdata, text
 from train.tasks.task import Batch, Metrics, Task
 
 BYTES = tuple(chr(byte) if 32 < byte < 127 else {10: "↵", 32: "␣"}.get(byte, f"{byte:02x}") for byte in range(256))
@@ -128,3 +128,16 @@ class Image(SequenceClassification):
         if self.config.task.mask_black:
             batch = {**batch, "mask": batch["mask"] & (batch["tokens"] > 0)}
         return super().metrics(model, batch)
+
+
+class Pathfinder(SequenceClassification):
+    """Whether two dots are the ends of one dashed path, from the pixels one after the other."""
+
+    vocab_size = pathfinder.VOCAB_SIZE
+    num_classes = pathfinder.NUM_CLASSES
+
+    def load(self) -> Mapping[str, SequenceDataset]:
+        task = self.config.task
+        if task.data_dir:
+            return pathfinder.read(task.data_dir, task.generator.size)
+        return pathfinder.load(pathfinder.Pathfinder(**task.generator))
