@@ -180,8 +180,8 @@ def _radar_reading(section: Section) -> str:
     dashed = f"; dashed: `{BASELINE}`" if any(setting.reference for setting in section.settings) else ""
     return (
         "Round charts: each axis from 0 at the centre to 1, the best setting of this section; a value is its ratio"
-        f" to the best ({section.primary}, speed = 1 / seconds per step, memory = 1 / peak memory, convergence = 1 /"
-        f" epochs to 90 % of the best){dashed}."
+        f" to the best ({section.primary}, speed = 1 / seconds per step, memory = 1 / peak memory, convergence ="
+        f" 1 / epochs to 90 % of the best){dashed}."
     )
 
 
