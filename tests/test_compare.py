@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from attn_jax import MECHANISMS
-from configs import lra_listops
+from configs import lra_listops, lra_text
 from eval.compare import maps, report
 from eval.compare.__main__ import main
 from eval.compare.comparison import compare
@@ -20,7 +20,7 @@ from eval.experiments import statistics
 from tests.runs import outcome
 from train import loop, tasks
 from train.config import to_dict
-from train.tasks.lra import BYTES, SequenceClassification
+from train.tasks.lra import Text
 from train.workdir import open_workdir, write_json, write_metrics
 
 EXAMPLES = 40
@@ -146,7 +146,7 @@ def test_other_test_data_is_another_section(tmp_path):
     ]
     sections = compare(folders).sections
     assert [section.title for section in sections] == [
-        "lra_listops, preset default (task.size=None)",
+        "lra_listops, preset default (task.size=absent)",
         "video_slots, preset default",
         "lra_listops, preset default (task.size=5)",
     ]
@@ -323,24 +323,25 @@ def test_a_finished_run_shows_where_its_model_attends(tmp_path):
     write_json(without / "result.json", result | {"mechanism": "mamba"})
     write_json(broken / "config.json", to_dict(tiny("standard")) | {"steps": 3})
     shutil.rmtree(broken / "checkpoints")
-    (drawn,) = maps.draw(comparison := compare([run, without, broken]))
+    other = tmp_path / "other"  # a version before some setting was there
+    shutil.copytree(run, other)
+    settings = {key: value for key, value in to_dict(tiny("standard")).items() if key != "sharding_rules"}
+    write_json(other / "config.json", settings | {"steps": 4})
+    (drawn,) = maps.draw(comparison := compare([run, without, broken, other]))
     (shown,) = drawn.of.values()
     words = drawn.example.split()
     assert words[0] in ("[MIN", "[MAX", "[MED", "[SM") and list(shown[0].keys[: len(words)]) == words
     assert drawn.without["mamba"] == "it gave no attention weights"
     assert "no checkpoint" in drawn.without["standard steps=3"]
+    assert "cannot be restored: AttributeError" in drawn.without["standard steps=4"]
     text = page("title", list(report.blocks(comparison, [drawn])))
     assert "Attention map of standard steps=2, module transformer.blocks.1.attention" in text
     assert "No map of <code>mamba</code>: it gave no attention weights." in text
 
 
 def test_bytes_read_as_characters():
-    class Text(SequenceClassification):
-        words = BYTES
-        load = None
-
     batch = {"tokens": np.array([[98, 33, 11, 256, 0, 0]]), "mask": np.array([[True] * 4 + [False] * 2])}
-    assert Text(None).example_text(batch, 0) == ["a", "␣", "↵", "ff"]
+    assert Text(lra_text.get_config()).example_text(batch, 0) == ["a", "␣", "↵", "ff"]
 
 
 # The page in a browser.
@@ -411,8 +412,9 @@ def probed_page(tmp_path_factory):
         for seed in (0, 1):
             hits = np.random.default_rng([place, seed]).random(EXAMPLES) < 0.3
             folders.append(fabricate(tmp_path / f"{mechanism}-{seed}", mechanism, seed, hits * 1.0))
-    wide = {"model.a_setting_with_a_long_name": 0.0123456, "mechanism.window": 256}
-    folders.append(fabricate(tmp_path / ("a-long-name-of-a-run" * 4), "local", settings=wide))
+    for name, value in (("a-long-name-of-a-run" * 4, 0.0123456), ("b", 1)):
+        wide = {"model.a_setting_with_a_long_name": value, "mechanism.window": 256}
+        folders.append(fabricate(tmp_path / name, "local", settings=wide))
     comparison = compare(folders)
     words = ["[MAX", "7", "information", "␣"] * 6
     weights = np.random.default_rng(0).random((24, 24))

@@ -200,15 +200,22 @@ def _place(mechanism: str) -> int:
 
 def _labels(runs: Sequence[Run]) -> list[str]:
     """The mechanism, and where several settings have the same one, what tells them apart."""
-    labels = []
-    for run in runs:
-        mechanism = run.result["mechanism"]
-        alike = [other.config for other in runs if other.result["mechanism"] == mechanism]
-        keys = dict.fromkeys(key for other in alike for key in differing_keys(run.config, other))
-        own = flatten(run.config)
-        told = [f"{key.removeprefix('mechanism.')}={own.get(key)}" for key in keys if key != "seed"]
-        labels.append(" ".join([mechanism, *told]))
-    return labels
+    labels = [_label(run, runs, known=True) for run in runs]
+    # A setting that another version did not know is named only where nothing else tells runs apart.
+    return [
+        label if labels.count(label) == 1 else _label(run, runs, known=False) for label, run in zip(labels, runs)
+    ]
+
+
+def _label(run: Run, runs: Sequence[Run], known: bool) -> str:
+    mechanism = run.result["mechanism"]
+    alike = [other.config for other in runs if other.result["mechanism"] == mechanism]
+    flat = [flatten(config) for config in alike]
+    keys = dict.fromkeys(key for other in alike for key in differing_keys(run.config, other) if key != "seed")
+    told = [key for key in keys if not known or all(key in config for config in flat)]
+    told.sort(key=lambda key: not key.startswith("mechanism."))
+    own = flatten(run.config)
+    return " ".join([mechanism, *(f"{key.removeprefix('mechanism.')}={own.get(key, 'absent')}" for key in told)])
 
 
 def _title(key: tuple[Any, ...], runs: Sequence[Run], tasks: Mapping[tuple[Any, ...], Sequence[Run]]) -> str:
@@ -216,7 +223,7 @@ def _title(key: tuple[Any, ...], runs: Sequence[Run], tasks: Mapping[tuple[Any, 
     namesakes = [own[0].config for other, own in tasks.items() if other[:2] == key[:2]]
     keys = dict.fromkeys(k for other in namesakes for k in differing_keys(runs[0].config, other))
     own = flatten(runs[0].config)
-    told = [f"{k}={own.get(k)}" for k in keys if k.startswith("task.")]
+    told = [f"{k}={own.get(k, 'absent')}" for k in keys if k.startswith("task.")]
     return f"{name}, preset {preset}" + (f" ({', '.join(told)})" if told else "")
 
 

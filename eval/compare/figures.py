@@ -65,7 +65,7 @@ def curve(section: Section, split: str, metric: str) -> str | None:
                 axes.plot(*zip(*points), **_style(n), markevery=max(1, len(points) // 6), lw=1.3)
         axes.set(title=title, xlabel="step")
         axes.ticklabel_format(axis="x", style="plain")
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=5, integer=True)
 
     return _svg(draw, height=2.3)
 

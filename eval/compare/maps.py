@@ -100,8 +100,7 @@ def of_run(run: Run) -> tuple[list[Map], str]:
     mechanism = MECHANISMS.get(run.result["mechanism"])
     if mechanism is not None and not mechanism.weights:
         return [], ""
-    # What a damaged checkpoint or a changed model makes orbax and Flax raise has no common type.
-    with cli.user_errors(Exception):
+    try:
         config = _on_one_device(run.config)
         if Path(config.file).is_file():
             _run_once(config.file)  # it may register the task or the mechanism
@@ -109,9 +108,15 @@ def of_run(run: Run) -> tuple[list[Map], str]:
             batch = _first_example(restored.task)
             text = restored.task.example_text(batch, 0)
             weights = attention_weights(restored.task, restored.module(), batch)
+    except cli.UsageError:
+        raise
+    except Exception as error:  # of a damaged checkpoint or another version's settings, of no common type
+        reason = str(error).strip().split("\n")[0][:200]
+        raise cli.UsageError(f"its model cannot be restored: {type(error).__name__}: {reason}") from error
     chosen = dict.fromkeys([*list(weights)[:1], *list(weights)[-1:]])
     maps = [_map(module, weights[module], text, batch) for module in chosen]
-    return maps, "" if text is None else " ".join(text[:WINDOW])
+    words = (text or [])[:WINDOW]
+    return maps, (" " if any(len(word) > 1 for word in words) else "").join(words)
 
 
 def attention_weights(task: Task, model: nnx.Module, batch: Batch) -> dict[str, np.ndarray]:

@@ -44,10 +44,10 @@ positive where the setting is better."""
 
 def tables(section: Section) -> Iterator[Block]:
     """What a section found, without figures."""
-    yield Table(list(_results(section)))
-    yield Items(list(_comparability(section)))
-    if section.remarks:
-        yield Items(section.remarks)
+    rows = list(_results(section))
+    filled = {name for row in rows for name, cell in row.items() if cell}
+    yield Table([{name: cell for name, cell in row.items() if name in filled} for row in rows])
+    yield Items([*_comparability(section), *section.remarks])
     if any(len(setting.metrics) > 1 for setting in section.settings):
         yield Heading(3, "All test metrics")
         yield Table([_metrics(setting) for setting in section.settings])
@@ -68,13 +68,10 @@ def _section(section: Section, maps: Maps | None) -> Iterator[Block]:
     yield from tables(section)
     yield Heading(3, "Charts")
     yield Figures(list(_bars(section)))
-    yield Text(
-        "Hatched: trivial baselines. Black bars: 95 % intervals, where there are several seeds. Round charts: each"
-        " axis from 0 at the centre to 1, the best setting of this section; a value is its ratio to the best"
-        f" ({section.primary}, speed = 1 / seconds per step, memory = 1 / peak memory, convergence = 1 / epochs to"
-        " 90 % of the best)" + (f"; dashed: `{BASELINE}`." if any(s.reference for s in section.settings) else ".")
-    )
-    yield Figures(list(_radars(section)))
+    yield Text("Hatched: trivial baselines. Black bars: 95 % intervals, where there are several seeds.")
+    if len(section.settings) > 1:
+        yield Figures(list(_radars(section)))
+        yield Text(_radar_reading(section))
     if curves := list(_curves(section)):
         labels = ", ".join(setting.label for setting in section.settings)
         yield Heading(3, "Learning curves")
@@ -177,6 +174,15 @@ def _radars(section: Section) -> Iterator[Figure]:
         said = ", ".join(f"{name} {value:.2f}" for name, value in own.items())
         svg = figures.radar(setting.label, own, reference, lines)
         yield Figure(svg, f"Radar chart of {setting.label}: {said}")
+
+
+def _radar_reading(section: Section) -> str:
+    dashed = f"; dashed: `{BASELINE}`" if any(setting.reference for setting in section.settings) else ""
+    return (
+        "Round charts: each axis from 0 at the centre to 1, the best setting of this section; a value is its ratio"
+        f" to the best ({section.primary}, speed = 1 / seconds per step, memory = 1 / peak memory, convergence ="
+        f" 1 / epochs to 90 % of the best){dashed}."
+    )
 
 
 def _curves(section: Section) -> Iterator[Figure]:

@@ -27,7 +27,6 @@ class SequenceClassification(Task):
     primary = "accuracy"
     better = "higher"
     vocab_size: int
-
     num_classes: int
     words: Sequence[str] | None = None
 
@@ -95,6 +94,7 @@ class Text(SequenceClassification):
     """The topic of a news article, or the sentiment of a film review, from its bytes."""
 
     vocab_size = text.VOCAB_SIZE
+    words = BYTES
 
     def __init__(self, config: Config):
         super().__init__(config)
