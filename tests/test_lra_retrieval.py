@@ -92,7 +92,7 @@ def test_every_pair_is_in_one_batch_with_both_documents(published):
     data = aan.read(published, 32)["train"]
     made = list(batches.plan_batches(batches.PairedSequences(data, (16, 32)), batch_size=4))
     found = [
-        tuple(tuple((tokens[mask] - 1).tolist()) for tokens, mask in zip(*pair)) + (label,)
+        (*(tuple((tokens[mask] - 1).tolist()) for tokens, mask in zip(*pair)), label)
         for batch in made
         for *pair, label, real in zip(batch["tokens"], batch["mask"], batch["label"], batch["example_mask"])
         if real
