@@ -13,7 +13,7 @@ The default run reads the class at the first token, the outermost operator, and 
 test accuracy with seed 0: standard 0.370, performer 0.376, mamba 0.377 (majority 0.165, outermost operator 0.371).
 """
 
-from train.config import experiment
+from train.config import experiment, lra_optimizer
 
 DEFAULT = {
     "comparability": "the benchmark's data, but a smaller model and a shorter training than published",
@@ -57,16 +57,7 @@ PAPER = {
     "batch_size": 32,
     "steps": 5_000,
     "eval_every": 500,
-    "optimizer": {
-        "learning_rate": 0.05 / 1_000**0.5,
-        "schedule": "rsqrt",
-        "warmup_steps": 1_000,
-        "b2": 0.98,
-        "eps": 1e-9,
-        "weight_decay": 0.1,
-        "no_decay": (),
-        "clip_norm": 0.0,
-    },
+    "optimizer": lra_optimizer(1_000),
 }
 
 

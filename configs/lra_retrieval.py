@@ -12,7 +12,7 @@ Data, `--config.task.source=`:
     DIR      the published new_aan_pairs.{train,eval,test}.tsv, or the folder above their tsv_data
 """
 
-from train.config import experiment
+from train.config import experiment, lra_optimizer
 
 DEFAULT = {
     "comparability": "news articles of one topic in place of papers that cite one another, and a small model",
@@ -65,16 +65,7 @@ PAPER = {
     "batch_size": 32,
     "steps": 5_000,
     "eval_every": 500,
-    "optimizer": {
-        "learning_rate": 0.05 / 8_000**0.5,
-        "schedule": "rsqrt",
-        "warmup_steps": 8_000,
-        "b2": 0.98,
-        "eps": 1e-9,
-        "weight_decay": 0.1,
-        "no_decay": (),
-        "clip_norm": 0.0,
-    },
+    "optimizer": lra_optimizer(8_000),
 }
 
 

@@ -15,7 +15,7 @@ Data, `--config.task.source=`:
 LRA validates on the test set; here a tenth of the training texts is held out for that.
 """
 
-from train.config import experiment
+from train.config import experiment, lra_optimizer
 
 DEFAULT = {
     "comparability": "topics of news articles in place of the benchmark's film reviews, and a small model",
@@ -44,16 +44,7 @@ PAPER = {
     "batch_size": 32,
     "steps": 20_000,
     "eval_every": 1_000,
-    "optimizer": {
-        "learning_rate": 0.05 / 8_000**0.5,
-        "schedule": "rsqrt",
-        "warmup_steps": 8_000,
-        "b2": 0.98,
-        "eps": 1e-9,
-        "weight_decay": 0.1,
-        "no_decay": (),
-        "clip_norm": 0.0,
-    },
+    "optimizer": lra_optimizer(8_000),
 }
 
 

@@ -101,6 +101,23 @@ def experiment(
     return config
 
 
+def lra_optimizer(warmup_steps: int, rate: float = 0.05) -> dict[str, Any]:
+    """Of the released code of Long Range Arena: Adam with decoupled weight decay on everything.
+
+    The learning rate is `rate min(1, s / warmup_steps) / sqrt(max(s, warmup_steps))` at step `s`.
+    """
+    return {
+        "learning_rate": rate / warmup_steps**0.5,
+        "schedule": "rsqrt",
+        "warmup_steps": warmup_steps,
+        "b2": 0.98,
+        "eps": 1e-9,
+        "weight_decay": 0.1,
+        "no_decay": (),
+        "clip_norm": 0.0,
+    }
+
+
 def parse_variant(variant: str) -> tuple[str, str]:
     """Splits `variant` into the names of a mechanism and of a preset; `standard` and `default` where not said."""
     found: dict[str, str] = {}
