@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from eval.experiments import grid, retrieval, slurm, statistics, step_time, video
+import attn_jax
+from eval.experiments import grid, lra, retrieval, slurm, statistics, step_time, video
 from eval.experiments.__main__ import main
 from eval.experiments.grid import Cell
 from tests import toy
 from train import cli
+from train import config as configs
+from train.tasks import TASKS
 from train.tasks.budget import TOLERANCE, num_parameters, within_budget
 from train.tasks.rerank import Rerank
 from train.tasks.video import SlotVideo
@@ -230,6 +233,65 @@ def test_the_report_of_retrieval_sets_what_was_measured_beside_the_claims(rerank
     assert [float(value) for value in cost[-2:]] == [16, 320]  # 8 queries of 20 candidates in half a second
     assert "0.123" in report and "0.700" in report and "a machine" in report
     assert f"**{settings} of {settings} settings are not finished.**" in retrieval.report(reranked, [5])
+
+
+# The grid of Long Range Arena.
+
+
+def test_the_four_of_the_source_have_every_seed_and_models_of_one_size():
+    cells = lra.cells([0, 1, 2])
+    others = len(attn_jax.MECHANISMS) - len(lra.SOURCE)
+    assert len({cell.name for cell in cells}) == len(cells) == len(lra.TASKS) * (3 * len(lra.SOURCE) + others)
+    for name in ("standard", "multi_timescale", "mamba"):
+        for task in lra.TASKS:
+            config = lra.cell(task, name, 0).load()
+            made = TASKS[task](config)
+            count = num_parameters(made, within_budget(made, config.parameter_budget))
+            assert abs(count - lra.PARAMETERS) <= TOLERANCE * lra.PARAMETERS
+            assert config.steps == lra.EPOCHS * config.eval_every
+
+
+def test_the_report_of_long_range_arena_holds_what_is_finished(tmp_path):
+    assert "**44 of 44 runs are not finished.**" in lra.report(tmp_path, [0, 1, 2])
+    for name, accuracy in (("standard", 0.4), ("gravitational", 0.6)):
+        made = lra.cell("listops", name, 0)
+        folder = tmp_path / made.name
+        folder.mkdir()
+        config = made.load()
+        write_json(folder / "config.json", configs.to_dict(config))
+        result = {
+            "name": "lra_listops",
+            "preset": "default",
+            "mechanism": name,
+            "seed": 0,
+            "config_hash": configs.config_hash(config),
+            "comparable": False,
+            "comparability": "a test",
+            "primary": "accuracy",
+            "better": "higher",
+            "test": {"accuracy": accuracy, "blocks/0/attention/share": 0.25},
+            "validation": 0.5,
+            "baselines": {"majority": 0.2},
+            "best_step": 94,
+            "steps": 188,
+            "steps_per_epoch": 94,
+            "epochs": 2.0,
+            "steps_to_90_percent_of_best": 94,
+            "epochs_to_90_percent_of_best": 1.0,
+            "compile_seconds": 1.0,
+            "seconds_per_step": 0.5,
+            "seconds_per_epoch": 47.0,
+            "peak_memory_bytes": 2**30,
+            "parameters": 600_000,
+            "devices": "1 x cpu",
+            "versions": {"jax": "0"},
+        }
+        write_json(folder / "result.json", result)
+        write_json(folder / "test_examples.json", {"accuracy": [float(n < 100 * accuracy) for n in range(100)]})
+        (folder / "metrics.jsonl").write_text("")
+    report = lra.report(tmp_path, [0, 1, 2])
+    assert "**42 of 44 runs are not finished.**" in report and "+50.0%" in report
+    assert "| listops | gravitational | blocks/0/attention/share | 0.250 |" in report
 
 
 def test_wrong_requests_are_said(tmp_path, capsys):

@@ -4,6 +4,7 @@ Each cell of its grid is a run of `python -m train` in a work directory of its o
 own on a core of its own. What is finished is kept: the same command again goes on where the last one was stopped,
 also within a cell. The report is written again after every cell.
 
+  lra        what do gravity and timescales do on ListOps and text, beside standard attention and all others?
   video      does a second key-value stream help slot-based video, at which capacity, at which cost?
   retrieval  does a routed depth help to rerank, taught with labels or by reinforcement, at which cost?
 """
@@ -13,13 +14,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.experiments import grid, retrieval, video
+from eval.experiments import grid, lra, retrieval, video
 from eval.measure import replace
 from train import cli
 
 SLURM_HELP = "settings of submitit: timeout_min=240 slurm_partition=cpu; cluster=local tries it on this machine"
 
-EXPERIMENTS: dict[str, grid.Experiment] = {"video": video.EXPERIMENT, "retrieval": retrieval.EXPERIMENT}
+EXPERIMENTS: dict[str, grid.Experiment] = {
+    "lra": lra.EXPERIMENT,
+    "video": video.EXPERIMENT,
+    "retrieval": retrieval.EXPERIMENT,
+}
 
 
 def main(argv: list[str]) -> None:
