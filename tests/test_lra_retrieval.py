@@ -9,7 +9,7 @@ from flax import nnx
 from attn_jax.models import TransformerMatcher
 from tests.runs import outcome
 from train.__main__ import main
-from train.data import DataError, aan, batches, realdata
+from train.data import DataError, SequenceDataset, aan, batches, realdata
 
 # Of float32 logits of order 1, summed in another order.
 ROUNDING = 1e-5
@@ -31,11 +31,13 @@ def test_a_padded_pair_is_the_pair(features):
     np.testing.assert_allclose(model(padded, mask=mask), model(tokens), atol=ROUNDING)
 
 
-def test_both_documents_go_through_the_same_encoder():
-    model = matcher("product")
+@pytest.mark.parametrize("features", ["concatenated", "product"])
+def test_both_documents_go_through_the_same_encoder(features):
+    model = matcher(features)
     tokens = jax.random.randint(jax.random.key(0), (3, 2, 7), 1, 257)
     first, second = (model.pooled(tokens[:, place]) for place in (0, 1))
-    expected = model.head(jnp.concatenate([first, second, first * second, first - second], axis=1))
+    parts = [first, second] if features == "concatenated" else [first, second, first * second, first - second]
+    expected = model.head(jnp.concatenate(parts, axis=1))
     np.testing.assert_allclose(model(tokens), expected, atol=ROUNDING)
     assert np.abs(model(tokens) - model(tokens[:, ::-1])).max() > 100 * ROUNDING
     with pytest.raises(ValueError, match=r"`features` must be .*product"):
@@ -68,6 +70,13 @@ def test_published_pairs_are_read_as_they_stand(published):
         assert (aan.read(published / "tsv_data", 12)["train"].labels == label).sum() == 10
 
 
+def test_a_text_is_cut_to_its_first_10_000_bytes_before_the_models_length(published):
+    file = published / "tsv_data" / "new_aan_pairs.eval.tsv"
+    file.write_bytes(b"1.0\ta\tb\t" + b"x" * 10_001 + b"\ttext\n")
+    for max_length, kept in ((4_000, 4_000), (20_000, 10_000)):
+        assert aan.read(published, max_length)["val"].lengths.tolist() == [kept, 4]
+
+
 @pytest.mark.parametrize(
     "content, complaint",
     [
@@ -78,6 +87,7 @@ def test_published_pairs_are_read_as_they_stand(published):
             r"eval.tsv:2: expected label .*got 5 fields and b'2.0'",
         ),
         (b"1.0\ta\tb\ttext\ttext\n1.0\ta\tb\tte", r"eval.tsv:2: .*got 4 fields.*cut off"),
+        (b"1.0\ta\tb\ttext\ttext\n1.0\ta\tb\ttext\tte", r"eval.tsv:2: the last line has no end"),
         (b"1.0\ta\tb\t\ttext\n", r"eval.tsv:1: "),
     ],
 )
@@ -101,6 +111,14 @@ def test_every_pair_is_in_one_batch_with_both_documents(published):
     expected = [(tuple(pairs[2 * i]), tuple(pairs[2 * i + 1]), i % 2) for i in range(10)]
     assert sorted(found) == sorted(expected)
     assert {batch["tokens"].shape for batch in made} <= {(4, 2, 16), (4, 2, 32)}
+
+
+def test_pairs_share_batches_by_the_longer_document():
+    lengths = [(3, 3), (3, 9), (9, 3), (9, 9), (2, 2)]
+    documents = [np.ones(length, np.uint16) for pair in lengths for length in pair]
+    data = SequenceDataset.pack(documents, [0] * len(documents))
+    made = batches.plan_batches(batches.PairedSequences(data, (4, 16)), batch_size=1)
+    assert [batch["tokens"].shape for batch in made] == [(1, 2, 4)] * 2 + [(1, 2, 16)] * 3
 
 
 def test_pairs_of_news_are_of_one_topic_or_of_two_and_of_one_split():

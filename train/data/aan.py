@@ -27,7 +27,7 @@ def read(directory: str | os.PathLike, max_length: int) -> dict[str, SequenceDat
     A line is a label, two ids and two texts, between tabs, without quoting and without a header.
 
     Raises:
-      DataError: a missing folder or file, a malformed line (by its number), no pairs.
+      DataError: a missing folder or file, a malformed line (by its number), a last line without an end, no pairs.
     """
     root = Path(directory).expanduser()
     if (root / "tsv_data").is_dir():
@@ -45,6 +45,11 @@ def _read_file(path: Path, max_length: int) -> SequenceDataset:
                     raise DataError(
                         f"{path}:{number}: expected label 0.0 or 1.0, two ids and two texts between tabs, got"
                         f" {len(fields)} fields and {fields[0][:20]!r}; is the file cut off?"
+                    )
+                if not line.endswith(b"\n"):  # five fields may be there all the same, the last one shortened
+                    raise DataError(
+                        f"{path}:{number}: the last line has no end: the file is cut off; if it is complete, add a"
+                        " line break"
                     )
                 documents += [encode(text[:_FIRST_BYTES], max_length) for text in fields[3:]]
                 labels += [_LABELS[fields[0]]] * 2
