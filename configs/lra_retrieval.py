@@ -50,7 +50,6 @@ SMOKE = {
 # 0.05 min(1, s / 8000) / sqrt(max(s, 8000)), concatenated features. Its head for pairs has a second hidden layer,
 # of half the MLP's width, which ours has not. The paper says a learning rate of 0.5 and the features "product".
 PAPER = {
-    "comparable": True,
     "comparability": "released but for one hidden layer less in the head; masks reach every layer, which four of"
     " the published baselines omit",
     "task": {"source": "tsv_data", "buckets": (4_000,)},
