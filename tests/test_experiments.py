@@ -72,20 +72,20 @@ def test_half_of_a_claim_decides(claimed, bounds, expected):
 def test_what_is_finished_is_kept_and_what_fails_is_said(tmp_path):
     cells = [TOY, Cell("wrong", TOY.config, ("model.dim=-1",))]
     calls = []
-    (failed,) = grid.run_all(cells, tmp_path, grid.LocalEngine(tmp_path, 2), lambda: calls.append(1))
+    (failed,) = grid.run_all(cells, grid.LocalEngine(tmp_path, 2), lambda: calls.append(1))
     assert failed.startswith("wrong: error: ") and "exit code 2" in failed and len(calls) == 2
     result = tmp_path / "toy" / "result.json"
     written = result.stat().st_mtime_ns
     assert grid.result(tmp_path, TOY) == json.loads(result.read_text())
     assert [cell.name for cell in grid.unfinished(tmp_path, cells)] == ["wrong"]
-    assert grid.run_all(cells[:1], tmp_path, grid.LocalEngine(tmp_path, 1), lambda: None) == []
+    assert grid.run_all(cells[:1], grid.LocalEngine(tmp_path, 1), lambda: None) == []
     assert result.stat().st_mtime_ns == written
 
 
 def test_a_job_array_does_what_processes_do(tmp_path):
     cells = [TOY, Cell("wrong", TOY.config, ("model.dim=-1",))]
     jobs = slurm.SlurmEngine(tmp_path, cells, 2, {"cluster": "local", "timeout_min": 5})
-    (failed,) = grid.run_all(cells, tmp_path, jobs, lambda: None)
+    (failed,) = grid.run_all(cells, jobs, lambda: None)
     assert failed.startswith("wrong: error: ") and "exit code 2" in failed
     assert grid.unfinished(tmp_path, cells) == cells[1:]
     with pytest.raises(cli.UsageError, match="nope"):
@@ -104,7 +104,7 @@ def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
     thread = threading.Thread(target=stop_once_it_trains, daemon=True)
     thread.start()
     with pytest.raises(cli.Interrupted, match="the same command goes on"):
-        grid.run_all([endless], tmp_path, grid.LocalEngine(tmp_path, 1), lambda: None)
+        grid.run_all([endless], grid.LocalEngine(tmp_path, 1), lambda: None)
     thread.join()
     assert "saved step" in (tmp_path / "endless.log").read_text()
     assert read_metrics(tmp_path / "endless" / "metrics.jsonl")

@@ -101,13 +101,13 @@ def experiment(
     return config
 
 
-def lra_optimizer(warmup_steps: int, rate: float = 0.05) -> dict[str, Any]:
+def lra_optimizer(warmup_steps: int) -> dict[str, Any]:
     """Of the released code of Long Range Arena: Adam with decoupled weight decay on everything.
 
-    The learning rate is `rate min(1, s / warmup_steps) / sqrt(max(s, warmup_steps))` at step `s`.
+    The learning rate is `0.05 min(1, s / warmup_steps) / sqrt(max(s, warmup_steps))` at step `s`.
     """
     return {
-        "learning_rate": rate / warmup_steps**0.5,
+        "learning_rate": 0.05 / warmup_steps**0.5,
         "schedule": "rsqrt",
         "warmup_steps": warmup_steps,
         "b2": 0.98,

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     if not args.report:
         todo = grid.unfinished(args.out, cells)
         print(f"{len(cells) - len(todo)} of {len(cells)} runs are finished", file=sys.stderr)
-        failed = grid.run_all(todo, args.out, _engine(args, todo), report) if todo else []
+        failed = grid.run_all(todo, _engine(args, todo), report) if todo else []
         experiment.measure(args.out)
     print(report(), f"written to {args.out / 'report.md'}", sep="\n")
     if failed:

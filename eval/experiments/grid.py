@@ -106,7 +106,7 @@ class Engine(Protocol):
         ...
 
 
-def run_all(cells: Sequence[Cell], out: Path, engine: Engine, finished: Callable[[], Any]) -> list[str]:
+def run_all(cells: Sequence[Cell], engine: Engine, finished: Callable[[], Any]) -> list[str]:
     """Runs `cells` on `engine`, and calls `finished` after each.
 
     SIGTERM and SIGINT stop the running ones, each after saving.

@@ -10,11 +10,10 @@ import gzip
 import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from train.data import DataError, SequenceDataset, realdata, split_of
+from train.data import DataError, SequenceDataset, prepared, realdata, split_of
 
 VOCAB_SIZE = 256
 NUM_CLASSES = 10
@@ -68,19 +67,10 @@ def tfds_cifar10() -> dict[str, SequenceDataset]:
     Raises:
       DataError: it is not prepared on this machine; nothing is downloaded.
     """
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder("cifar10", file_format="array_record", try_gcs=False)
-    try:
-        sources = [builder.as_data_source(part) for part in ("train", "test")]
-    except Exception as error:  # of several types, one of them its own
-        raise DataError(
-            f"tensorflow-datasets has no cifar10 prepared in {builder.data_dir}; prepare it there, or {_DOWNLOAD}"
-        ) from error
     arrays = []
-    for source in sources:
-        records = [source[number] for number in range(len(source))]
-        arrays += [np.stack([grey(r["image"]).ravel() for r in records]), np.array([r["label"] for r in records])]
+    for part in prepared.records("cifar10", _DOWNLOAD).values():
+        pixels, labels = zip(*((grey(record["image"]).ravel(), record["label"]) for record in part))
+        arrays += [np.stack(pixels), np.array(labels)]
     return _cifar_splits(*arrays)
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from train.data import SPLITS, DataError, SequenceDataset, realdata, split_of
+from train.data import SPLITS, DataError, SequenceDataset, prepared, realdata, split_of
 
 VOCAB_SIZE = 257
 SENTIMENTS = ("neg", "pos")
@@ -74,21 +73,11 @@ def tfds_imdb(max_length: int) -> dict[str, SequenceDataset]:
     Raises:
       DataError: they are not prepared on this machine; nothing is downloaded.
     """
-    import tensorflow_datasets as tfds
-
-    builder: Any = tfds.builder("imdb_reviews", file_format="array_record", try_gcs=False)
-    try:
-        parts = {part: builder.as_data_source(part) for part in ("train", "test")}
-    except Exception as error:  # of several types, one of them its own
-        raise DataError(
-            f"tensorflow-datasets has no imdb_reviews prepared in {builder.data_dir};"
-            f" prepare it there, or {_DOWNLOAD}"
-        ) from error
+    parts = prepared.records("imdb_reviews", _DOWNLOAD)
 
     def texts() -> Iterable[tuple[str, bytes, int]]:
-        for part, source in parts.items():
-            for number in range(len(source)):
-                record = source[number]
+        for part, records in parts.items():
+            for number, record in enumerate(records):
                 text = record["text"]  # its own mock yields strings
                 split = part if part == "test" else split_of(f"imdb/{number}", _HELD_OUT, 0)
                 yield split, text if isinstance(text, bytes) else text.encode(), int(record["label"])

@@ -163,7 +163,7 @@ class Retrieval(SequenceClassification):
 
     @property
     def steps_per_epoch(self) -> int:
-        return batches.num_batches(len(self._pairs("train").groups), self.config.batch_size)
+        return batches.num_batches(len(self.data["train"]) // 2, self.config.batch_size)
 
     def _pairs(self, split: str) -> batches.PairedSequences:
         return batches.PairedSequences(self.data[split], self.buckets)
