@@ -77,15 +77,14 @@ def register[M: Callable[..., Any]](
     masking and `attention_weights` for free.
 
     Raises:
-      ValueError: the name is taken or not an identifier, the class lacks what the arguments promise.
+      ValueError: the name is taken or not an identifier, the class lacks what the arguments promise. A file or a
+        notebook's cell may be executed again: a class replaces its own earlier definition.
     """
 
     def add(module: M) -> M:
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"register: `name` must be an identifier such as 'my_attention', got {name!r}")
         where = f"register: {name!r}"
-        if name in _registered:
-            raise ValueError(f"register: `name` {name!r} is taken by {_registered[name].module}")
         if not isinstance(implementations, tuple):
             raise ValueError(f"register: `implementations` must be a tuple of names, got {implementations!r}")
         flags = dict(causal=causal, bidirectional=bidirectional, mask=mask, cross=cross, decode=decode)
@@ -96,12 +95,18 @@ def register[M: Callable[..., Any]](
                 f"register: {name!r} must be causal or bidirectional, and causal to decode, got {flags}"
             )
         _check_class(where, module, mask=mask, cross=cross, decode=decode, weights=weights)
+        if name in _registered and _origin(_registered[name].module) != _origin(module):
+            raise ValueError(f"register: `name` {name!r} is taken by {_registered[name].module}")
         _registered[name] = Mechanism(
             name, module, causal, bidirectional, mask, cross, decode, weights, time, memory, implementations
         )
         return module
 
     return add
+
+
+def _origin(module: Any) -> tuple[str, str]:
+    return module.__module__, module.__qualname__
 
 
 def _check_class(where: str, module: Any, *, mask: bool, cross: bool, decode: bool, weights: bool) -> None:

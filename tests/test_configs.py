@@ -4,11 +4,13 @@ import inspect
 import json
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from ml_collections import ConfigDict
 
 import attn_jax
+from attn_jax import registry
 from train import config as configs
 from train.cli import UsageError
 
@@ -48,6 +50,17 @@ def test_mechanism_flag_equals_the_variant():
     assert by_variant.mechanism.window == 3
 
 
+def test_mechanism_flag_finds_what_the_file_registers(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import attn_jax\nfrom attn_jax.mechanisms.standard import StandardAttention\n"
+        "from configs.lra_listops import get_config\n"
+        "attn_jax.register('own', causal=False, time='L', memory='L')(type('Own', (StandardAttention,), {}))\n"
+    )
+    with patch.dict(registry._registered):
+        assert configs.load(str(file), ["--config.mechanism.name=own"]).mechanism.name == "own"
+
+
 def test_an_option_without_a_default_value_takes_any_literal():
     assert attn_jax.MECHANISMS["standard"].options()["implementation"] is None
     config = configs.load(TOY, ["--config.mechanism.implementation=xla"])
@@ -71,6 +84,7 @@ def test_an_option_without_a_default_value_takes_any_literal():
         (TOY, ["--config.mechanism.name=nope"], r"no mechanism `nope`; there are .*standard"),
         (TOY, ["--config.mechanism.nope=1"], r"mechanism `standard` has no `nope`; it has implementation, name"),
         (TOY, ["--config.mechanism.name=local", "--config.mechanism.nope=1"], r"mechanism `local` has no `nope`"),
+        (TOY, ["--config.steps=3", "--config.steps=4"], r"--config.steps is given 2 times"),
         (TOY, ["nope"], r"unexpected argument `nope`"),
         (TOY, ["--nope=1"], r"nope"),
     ],

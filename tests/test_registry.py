@@ -64,9 +64,14 @@ def test_it_works_in_a_model(mean_pool):
     assert attn_jax.pop_aux(model) == ({}, {})
 
 
-def test_a_name_is_taken_once(mean_pool):
-    with pytest.raises(ValueError, match="mean_pool"):
-        attn_jax.register("mean_pool", causal=False, time="L", memory="L")(nnx.Module)
+def test_a_name_is_taken_once_but_by_the_same_definition_executed_again(mean_pool):
+    again = type("MeanPool", (mean_pool.module,), {"__qualname__": mean_pool.module.__qualname__})
+    again.__module__ = mean_pool.module.__module__
+    assert attn_jax.register("mean_pool", causal=False, time="L", memory="L")(again) is again
+    assert registry._registered["mean_pool"].module is again
+    other = type("Other", (mean_pool.module,), {})
+    with pytest.raises(ValueError, match="`name` 'mean_pool' is taken by"):
+        attn_jax.register("mean_pool", causal=False, time="L", memory="L")(other)
 
 
 def test_the_public_registry_is_read_only():

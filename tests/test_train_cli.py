@@ -1,6 +1,7 @@
 """What a user sees of `python -m train`: one line and an exit code for each mistake, and nothing lost."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -34,6 +35,16 @@ def test_help_is_help(capsys):
     code, out, _ = outcome(capsys, "--help")
     assert code == 0
     assert "python -m train --config configs/lra_listops.py:performer,smoke" in out
+
+
+@pytest.mark.parametrize("config", ["configs/lra_listops.py:mamba,paper", "configs/video_slots.py:dual_kv"])
+def test_shown_settings_can_be_given_back(capsys, config):
+    code, out, _ = outcome(capsys, "--config", config, "--config.seed=3", "--show")
+    headline, *settings = out.splitlines()
+    assert code == 0 and "seed 3" in headline
+    fixed = ("name=", "file=", "preset=", "comparable=", "comparability=", "mechanism.name=")
+    given = [f"--config.{word}" for line in settings for word in shlex.split(line) if not word.startswith(fixed)]
+    assert load(config, given).to_dict() == load(config, ["--config.seed=3"]).to_dict()
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ A config's variant is a mechanism and a preset, either or both, in any order:
   python -m train --config configs/lra_listops.py --config.mechanism.name=local --config.mechanism.window=64
 
 Presets: `smoke` (under two minutes on two CPU cores), none (about ten minutes), `paper` (the published setting in
-full, for accelerators). The same command again resumes a run that was stopped or killed.
+full, for accelerators). The same command again resumes a run that was stopped or killed; with `--show` it prints
+all settings instead.
 
 Exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured, 128 + n stopped by signal n after saving.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -29,9 +31,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--workdir", type=Path, metavar="DIR", help="default: runs/<config>-<mechanism>-<preset>-s<seed>"
     )
+    parser.add_argument("--show", action="store_true", help="print all settings, and train nothing")
     parser.epilog = "--config.KEY=VALUE overrides a setting, such as --config.model.dim=128."
     arguments, overrides = parser.parse_known_args(argv)
     config = configs.load(arguments.config, overrides)
+    if arguments.show:
+        print(headline(config), *listing(config), sep="\n")
+        return
     workdir = arguments.workdir or default_workdir(config)
     print(headline(config), f"work directory {workdir}", sep="\n", flush=True)
     with open_workdir(workdir, config):
@@ -54,6 +60,12 @@ def run(config: Config, workdir: Path) -> dict:
 def default_workdir(config: Config) -> Path:
     """Where a run goes that is not told."""
     return Path("runs") / f"{config.name}-{config.mechanism.name}-{config.preset}-s{config.seed}"
+
+
+def listing(config: Config) -> list[str]:
+    """Every setting as a shell takes it behind `--config.`, by name."""
+    settings = configs.flatten(config.to_dict()).items()
+    return [shlex.quote(f"{key}={value}") for key, value in settings]
 
 
 def headline(config: Config) -> str:

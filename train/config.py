@@ -153,16 +153,19 @@ def load(path: str, overrides: Sequence[str]) -> Config:
       UsageError: no such file, or an unknown variant, key or mechanism, or a value of the wrong type.
     """
     file, _, variant = path.partition(":")
+    get_config = _get_config(file)  # which may register a mechanism
     overrides, name = _split_mechanism_name(overrides)
     if name is not None:
         # The mechanism decides which options there are, so its name is part of the variant.
         _, preset = parse_variant(variant)
         variant = f"{preset},{name}"
-    get_config = _get_config(file)
     plain, config = get_config(variant), get_config(variant)
     config.file = str(Path(file).resolve())
-    for key in filter(None, map(_overridden_key, overrides)):
+    keys = list(filter(None, map(_overridden_key, overrides)))
+    for key in keys:
         _check_key(config, key)
+        if keys.count(key) > 1:  # of two tuples absl would make one
+            raise UsageError(f"--config.{key} is given {keys.count(key)} times")
     values = flags.FlagValues()
     argv = ["", *overrides]
     try:
