@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attn_jax.engine.dispatch import IMPLEMENTATIONS
 from attn_jax.engine.scan import selective_scan
 from attn_jax.mechanisms.base import Attention, logical_axes, zero_masked
 from attn_jax.registry import register
@@ -146,7 +147,7 @@ class SelectiveSSM(nnx.Module):
     decode=True,
     time="L",
     memory="L",
-    implementations=("dense", "xla"),
+    implementations=IMPLEMENTATIONS,
 )
 class Mamba(Attention):
     """A Mamba layer; see the file's documentation. `num_heads` has no meaning here and is only checked.
