@@ -7,8 +7,13 @@ if os.environ.get("ATTN_JAX_KERNELS") != "gpu":  # see tests/kernels.py
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+from pathlib import Path
+
 import hypothesis
 import jax
+import pytest
+
+from train.config import run_file
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Compilation dominates these tests. Results differ from optimised ones by rounding only (4e-7 measured), and
@@ -17,6 +22,19 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 hypothesis.settings.register_profile("attn_jax", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.load_profile("attn_jax")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--mechanism", metavar="FILE.py", help="a file to run first, which registers mechanisms to test"
+    )
+
+
+def pytest_configure(config):
+    if file := config.getoption("--mechanism"):
+        if not Path(file).is_file():
+            raise pytest.UsageError(f"--mechanism: no file {file}")
+        run_file(file)
 
 
 def pytest_collection_modifyitems(items):
