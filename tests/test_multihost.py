@@ -74,20 +74,20 @@ def runs(tmp_path_factory):
         def command(name, *settings, event="", copy=None):
             return [*by_hand, f"--workdir={folder / name}", *settings], event, copy
 
-        sharded, elsewhere = "--config.mesh.fsdp=2", f"--workdir={folder / 'elsewhere'}"
+        sharded, elsewhere = ["--config.mesh.fsdp=2", "--config.steps=16"], f"--workdir={folder / 'elsewhere'}"
         return {
             "auto": (["--config.distributed.coordinator=auto"], "", None),
             "other settings": command("refused", f"--config.seed={index}"),
             "other folders": command("refused", *[elsewhere][:index]),
             "idle devices": command("refused", "--config.mesh.data=1"),
             "batch": command("refused", "--config.batch_size=7"),
-            "data": command("data"),
-            "stopped": command("fsdp", sharded, event="term:12" if index else ""),
+            "data": command("data", "--config.steps=8"),
+            "stopped": command("fsdp", *sharded, event="term:12" if index else ""),
             "copied": command(
                 "refused", "--config.mesh.data=3", copy=[folder / "fsdp", folder / "alone"][: 2 - 2 * index]
             ),
-            "resumed": command("fsdp", sharded),
-            "again": command("fsdp", sharded),
+            "resumed": command("fsdp", *sharded),
+            "again": command("fsdp", *sharded),
         }
 
     def encoded(index):
@@ -95,13 +95,13 @@ def runs(tmp_path_factory):
 
     both = [start(*encoded(index), devices=1) for index in range(2)]
     found = {name: pair for name, *pair in zip(commands(0), *map(ended, both))}
-    alone = [[f"--workdir={folder / name}", f"--config.mesh.{axis}=2"] for name, axis in ALONE]
+    alone = [
+        [f"--workdir={folder / name}", f"--config.mesh.{axis}=2", f"--config.steps={steps}"]
+        for name, axis, steps in (("one data", "data", 8), ("one fsdp", "fsdp", 16), ("alone", "fsdp", 16))
+    ]
     codes = [code for code, _, _ in ended(start(*[(argv, "", None) for argv in alone], devices=2))]
     assert codes == [0] * len(alone)
     return folder, found
-
-
-ALONE = (("one data", "data"), ("one fsdp", "fsdp"), ("alone", "fsdp"))
 
 
 @pytest.mark.parametrize(

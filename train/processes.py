@@ -50,7 +50,7 @@ def join(config: Config) -> None:
             jax.distributed.initialize(**arguments)
         except ValueError as error:
             raise UsageError(
-                f"--config.distributed.coordinator={AUTO}: JAX finds no cluster here, Slurm, Open MPI, TPU pod or GKE"
+                f"--config.distributed.coordinator={AUTO}: JAX finds no cluster here such as Slurm or a TPU pod"
                 f" ({error}); give HOST:PORT of process 0, num_processes and process_id"
             ) from error
     if not first():
