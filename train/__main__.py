@@ -13,11 +13,12 @@ all settings instead.
 Exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured, 128 + n stopped by signal n after saving.
 """
 
+import functools
 import shlex
 import sys
 from pathlib import Path
 
-from train import cli
+from train import cli, processes, sharding
 from train import config as configs
 from train.config import Config
 from train.reporting import results
@@ -39,22 +40,19 @@ def main(argv: list[str]) -> None:
         print(headline(config), *listing(config), sep="\n")
         return
     workdir = arguments.workdir or default_workdir(config)
-    print(headline(config), f"work directory {workdir}", sep="\n", flush=True)
+    sharding.use_cpu_devices(config, max(config.distributed.num_processes, 1))
+    processes.join(config)
+    say = functools.partial(print, flush=True) if processes.first() else lambda *lines: None
+    say(f"{headline(config)}\nwork directory {workdir}")
     with open_workdir(workdir, config):
-        if (workdir / "result.json").exists():
-            print("this run is finished; give another --workdir or seed for a new one")
+        if processes.gather((workdir / "result.json").exists())[0]:
+            say("this run is finished; give another --workdir or seed for a new one")
             result = read_json(workdir / "result.json", "")
         else:
-            result = run(config, workdir)
-    print(summary(result), flush=True)
+            from train import loop  # not before the request is known to be right: it takes seconds
 
-
-def run(config: Config, workdir: Path) -> dict:
-    """Trains `config` on the devices it asks for."""
-    from train import loop, sharding  # not before the command line is known to be right: they take seconds
-
-    sharding.use_cpu_devices(config)
-    return loop.train(config, workdir)
+            result = loop.train(config, workdir)
+    say(summary(result))
 
 
 def default_workdir(config: Config) -> Path:

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.options import MultiprocessingOptions
 
+from train import processes
 from train.cli import UsageError
 from train.state import ModelState, TrainState
 
@@ -76,8 +78,10 @@ class Checkpoints:
 
     def _set_aside(self, steps: list[int]) -> None:
         # Out of the way, because the resumed run will save these steps again.
-        for step in steps:
-            (self._folder / "last" / str(step)).rename(self._folder / f"unreadable-{step}")
+        if steps and processes.first():
+            for step in steps:
+                (self._folder / "last" / str(step)).rename(self._folder / f"unreadable-{step}")
+        processes.gather(None)  # all wait for the first
         self._last.reload()
 
 
@@ -122,7 +126,11 @@ def _read_best[T](workdir: Path, targets: dict[str, Any], convert: Callable[[Any
 
 def _manager(folder: Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=LatestN(_KEPT), save_root_metadata=False, cleanup_tmp_directories=True
+        preservation_policy=LatestN(_KEPT),
+        save_root_metadata=False,
+        cleanup_tmp_directories=True,
+        # Processes wait for each other by the name of what they wait for; two managers may write at once.
+        multiprocessing_options=MultiprocessingOptions(barrier_sync_key_prefix=folder.name),
     )
     return ocp.CheckpointManager(folder, options=options)
 
@@ -136,7 +144,11 @@ def _model_items(model: ModelState) -> dict[str, Any]:
 
 def _one_copy(tree: Any) -> Any:
     # Of an array that every device holds orbax would save a slice from each, and compile each slice: for seconds.
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0) if leaf.is_fully_replicated else leaf, tree)
+    # Arrays of one process among several it refuses.
+    def one(leaf: jax.Array) -> jax.Array:
+        return leaf.addressable_data(0) if leaf.is_fully_replicated and leaf.is_fully_addressable else leaf
+
+    return jax.tree.map(one, tree)
 
 
 def _model_targets(model: ModelState) -> dict[str, Any]:
@@ -158,10 +170,15 @@ def _newest[T](manager: ocp.CheckpointManager, read: Callable[[int], T]) -> tupl
     """What `read` gives for the newest step that it can read, and the steps that it cannot."""
     unreadable = []
     for step in sorted(manager.all_steps(), reverse=True):
+        found, reason = None, ""
         try:
-            return jax.block_until_ready(read(step)), unreadable
+            found = jax.block_until_ready(read(step))
         except Exception as error:  # whatever a damaged file makes orbax, tensorstore or json raise
-            reason = str(error).split("\n")[0][:200]
-            logger.warning("cannot read %s/%d, trying the one before: %s", manager.directory, step, reason)
-            unreadable.append(step)
+            reason = str(error).split("\n")[0][:200] or type(error).__name__
+        # What one process cannot read, none may go on from.
+        reason = next(filter(None, processes.gather(reason)), "")
+        if not reason:
+            return found, unreadable
+        logger.warning("cannot read %s/%d, trying the one before: %s", manager.directory, step, reason)
+        unreadable.append(step)
     return None, unreadable

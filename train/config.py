@@ -26,7 +26,7 @@ Config = Any
 PRESETS = ("smoke", "default", "paper")
 
 # What may differ between two commands that go on with one run: where and how it runs, not what it computes.
-RUNTIME_KEYS = ("file", "num_cpu_devices", "mesh", "log_every")
+RUNTIME_KEYS = ("file", "num_cpu_devices", "mesh", "distributed", "log_every")
 _VERDICT_KEYS = ("comparable", "comparability")  # follow from the others
 
 COMMON = dict(
@@ -65,6 +65,9 @@ COMMON = dict(
         ("mlp", "tensor"),
         ("vocab", None),
     ),
+    # Processes that train together: the address HOST:PORT of process 0, and which of how many this one is; or
+    # "auto", and JAX asks the cluster (Slurm, Open MPI, TPU pod, GKE). `timeout`: seconds for all to join.
+    distributed=dict(coordinator="", num_processes=0, process_id=0, timeout=300),
     num_cpu_devices=0,  # CPU devices that share the work; 0: one for each core, as far as the batch divides
 )
 
@@ -72,6 +75,8 @@ COMMON = dict(
 LEAST = {
     **dict.fromkeys(("batch_size", "eval_batch_size", "steps", "log_every", "eval_every"), 1),
     **dict.fromkeys(("seed", "patience", "aux_weight", "num_cpu_devices", "parameter_budget"), 0),
+    **dict.fromkeys(("distributed.num_processes", "distributed.process_id"), 0),
+    "distributed.timeout": 1,
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.weight_decay"), 0),
     **dict.fromkeys(("optimizer.b1", "optimizer.b2", "optimizer.eps", "optimizer.clip_norm"), 0),
 }

@@ -54,7 +54,7 @@ def evaluate(eval_step: EvalStep, state: ModelState, batches: Iterable[Batch], m
     kept = []
     for batch in tqdm(batches, desc="evaluating", unit="batch", leave=False, disable=None):
         # Fetched batch by batch: no two programs with collectives run at once.
-        metrics, diagnostics = jax.device_get(eval_step(state, sharding.put_batch(batch, mesh)))
+        metrics, diagnostics = sharding.fetch(eval_step(state, sharding.put_batch(batch, mesh)), mesh)
         _, weights = metrics["loss"]
         kept.append(weights > 0)
         for name, pair in metrics.items():

@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 
 import attn_jax
 from attn_jax.types import Array
-from train import optimizer, pretrained, sharding, state, tasks
+from train import optimizer, pretrained, processes, sharding, state, tasks
 from train.checkpoints import Checkpoints, restore_best
 from train.cli import Interrupted, RunError, user_errors
 from train.config import Config, config_hash
 from train.evaluation import Measured, evaluate, make_eval_step
-from train.reporting import Reporter
+from train.reporting import Reporter, Silent
 from train.state import ModelDef, ModelState, TrainState, num_parameters, shardings_of
 from train.tasks import Batch, Task
 from train.workdir import write_json
@@ -140,7 +140,8 @@ class Trainer:
             self.progress = Progress(**progress)
             self.batches.set_state(position)
         validated = dict(self.progress.history)
-        self.reporter = Reporter(workdir, self.progress.step, config.steps, validated)
+        report = Reporter if processes.first() else Silent
+        self.reporter = report(workdir, self.progress.step, config.steps, validated)
 
     def run(self, stop: "StopRequest") -> dict[str, Any]:
         """Trains to the end, with a validation and a checkpoint every `eval_every` steps; returns the result.
@@ -242,9 +243,10 @@ class Trainer:
         self.checkpoints.wait()
         best = restore_best(self.workdir, self.model.abstract)
         test = self._evaluate(best, "test", stop)
-        write_json(self.workdir / "test_examples.json", test.examples)
         result = self._result(int(best.step), test.means)
-        write_json(self.workdir / "result.json", result)
+        if processes.first():
+            write_json(self.workdir / "test_examples.json", test.examples)
+            write_json(self.workdir / "result.json", result)
         return result
 
     def _result(self, best_step: int, test: dict[str, float]) -> dict[str, Any]:
@@ -284,7 +286,7 @@ class Trainer:
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
-    """Trains `config` in `workdir`, which this process must own, from its last checkpoint if there is one.
+    """Trains `config` in `workdir`, which this run must own, from its last checkpoint if there is one.
 
     Returns:
       What `result.json` then holds.
@@ -294,7 +296,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
       RunError: training failed.
       Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
-    task = tasks.prepare(config)
+    with processes.together():
+        task = tasks.prepare(config)
     with sharding.activate(config) as mesh, StopRequest.on_signals() as stop:
         trainer = Trainer(config, workdir, task, mesh)
         try:
@@ -308,7 +311,10 @@ class _Stopped(Exception):
 
 
 class StopRequest:
-    """Whether a signal asked the run to stop: it does at the next `check`, not in the middle of a step."""
+    """Whether a signal asked the run to stop: it does at the next `check`, not in the middle of a step.
+
+    A signal to one process stops all, at the same `check`.
+    """
 
     signum = 0
 
@@ -336,6 +342,7 @@ class StopRequest:
 
     def check(self) -> None:
         """Raises if a stop was requested."""
+        self.signum = processes.largest(self.signum)
         if self.signum:
             raise _Stopped
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from train import sharding
 from train.checkpoints import best_arrays
 from train.cli import UsageError
 from train.state import TrainState
@@ -36,7 +38,7 @@ def start(state: TrainState, workdir: Path) -> TrainState:
         theirs = found.get(name)
         if theirs is not None and theirs.shape == leaf.shape:
             taken.append(name)
-            return jax.device_put(theirs.astype(leaf.dtype), leaf.sharding)
+            return sharding.put(np.asarray(theirs).astype(leaf.dtype), leaf.sharding)
         if _OF_MECHANISM not in name:
             there = "missing" if theirs is None else f"of shape {theirs.shape}"
             raise UsageError(

@@ -67,6 +67,25 @@ class Reporter:
         return f"  ({duration(per_step * (self._total - step))} left)"
 
 
+class Silent(Reporter):
+    """Of a process that leaves reporting to another: does nothing."""
+
+    def __init__(self, *arguments: object):
+        pass
+
+    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _summary_writer() -> type:
     # tensorboardX imports torch if it is there, which takes seconds and half a gigabyte, and does without if not.
     hide_torch = "torch" not in sys.modules

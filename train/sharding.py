@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from train.cli import UsageError
 from train.config import Config
@@ -21,18 +22,22 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def use_cpu_devices(config: Config) -> None:
+def use_cpu_devices(config: Config, num_processes: int = 1) -> None:
     """Makes the CPU cores available as devices; must run before JAX looks for devices.
 
     XLA runs the small loops of attention on one core per device. Each core therefore becomes a device and gets
-    its share of the batch, which must divide.
+    its share of the batch, which must divide, also by the `num_processes` that do the same.
     """
     if config.num_cpu_devices == 0 and _told_otherwise():
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    shares = math.gcd(config.batch_size, config.eval_batch_size)
-    count = config.num_cpu_devices or max(n for n in range(1, min(cores, shares) + 1) if shares % n == 0)
-    jax.config.update("jax_num_cpu_devices", count)
+    shares = math.gcd(config.batch_size, config.eval_batch_size) // num_processes
+    count = config.num_cpu_devices or max(n for n in range(1, max(min(cores, shares), 1) + 1) if shares % n == 0)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:  # JAX has found its devices, as in a notebook that has computed something
+        if config.num_cpu_devices:
+            raise UsageError(f"--config.num_cpu_devices comes too late in this process: {error}") from error
 
 
 def _told_otherwise() -> bool:
@@ -46,6 +51,8 @@ def make_mesh(config: Config) -> Mesh:
     Raises:
       UsageError: the axes do not fit the devices, or the batch cannot be split over them.
     """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UsageError("JAX runs in several processes here; say so by --config.distributed.coordinator=auto")
     devices = jax.devices()
     sizes = [config.mesh[axis] for axis in AXES]
     described = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
@@ -56,6 +63,10 @@ def make_mesh(config: Config) -> Mesh:
     needed = math.prod(sizes)
     if needed > len(devices):
         raise UsageError(f"mesh {described} needs {needed} devices, there are {len(devices)}")
+    if jax.process_count() > 1 and needed < len(devices):
+        raise UsageError(
+            f"mesh {described} leaves devices idle: {jax.process_count()} processes have {len(devices)}"
+        )
     for key in ("batch_size", "eval_batch_size"):
         if config[key] % (sizes[0] * sizes[1]):
             raise UsageError(
@@ -102,5 +113,15 @@ def abstract(state: nnx.State, mesh: Mesh) -> Any:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """NumPy arrays whose first axis is the batch, onto the devices."""
-    return jax.device_put(batch, NamedSharding(mesh, BATCH))
+    """NumPy arrays whose first axis is the batch, onto the devices; every process has them all."""
+    return put(batch, NamedSharding(mesh, BATCH))
+
+
+def put(arrays: Any, where: Sharding) -> Any:
+    """NumPy arrays that every process has in full, onto the devices; each process takes its part of them."""
+    return jax.make_array_from_process_local_data(where, arrays, jax.tree.map(np.shape, arrays))
+
+
+def fetch(arrays: Any, mesh: Mesh) -> Any:
+    """Arrays on the devices as NumPy arrays, in full at every process."""
+    return jax.device_get(jax.device_put(arrays, replicated(mesh)) if mesh.is_multi_process else arrays)

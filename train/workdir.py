@@ -11,24 +11,44 @@ test_examples.json  by metric, the value of each test example, in the order of t
 import fcntl
 import json
 import os
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from train import processes
 from train.cli import UsageError, make_folder
 from train.config import Config, differing_keys, to_dict
+
+_VISIBLE = 10  # seconds after which what one host wrote to a shared file system is seen by all
 
 
 @contextmanager
 def open_workdir(workdir: Path, config: Config) -> Iterator[None]:
-    """Makes `workdir` this process's own and records `config` in it, for as long as the body runs.
+    """Makes `workdir` this run's own and records `config` in it, for as long as the body runs.
 
     Raises:
-      UsageError: it cannot be written, another process uses it, or it holds a run with other settings.
+      UsageError: it cannot be written, another run uses it, it holds a run with other settings, or not all
+        processes of this run see it.
     """
+    with ExitStack() as stack:
+        token = uuid.uuid4().hex
+        with processes.together():
+            if processes.first():
+                stack.enter_context(_own(workdir, config, token))
+        token = processes.gather(token)[0]
+        with processes.together():
+            if not processes.first():
+                _check_shared(workdir, token)
+        yield
+
+
+@contextmanager
+def _own(workdir: Path, config: Config, token: str) -> Iterator[None]:
     make_folder(workdir, "the work directory")
     try:
         lock = (workdir / ".lock").open("w")
@@ -43,7 +63,22 @@ def open_workdir(workdir: Path, config: Config) -> Iterator[None]:
             ) from error
         _check_config(workdir, config)
         write_json(workdir / "config.json", to_dict(config))
+        lock.write(token)
+        lock.flush()
+        os.fsync(lock.fileno())
         yield
+
+
+def _check_shared(workdir: Path, token: str) -> None:
+    # A checkpoint of which each host keeps its part for itself could not be restored.
+    end = time.monotonic() + _VISIBLE
+    while not (workdir / ".lock").is_file() or (workdir / ".lock").read_text() != token:
+        if time.monotonic() > end:
+            raise UsageError(
+                f"{workdir} is not the work directory of process 0;"
+                " all processes need one --workdir on a file system that they share"
+            )
+        time.sleep(0.2)
 
 
 def _check_config(workdir: Path, config: Config) -> None:
