@@ -84,7 +84,7 @@ def test_an_option_without_a_default_value_takes_any_literal():
         (TOY, ["--config.mechanism.name=nope"], r"no mechanism `nope`; there are .*standard"),
         (TOY, ["--config.mechanism.nope=1"], r"mechanism `standard` has no `nope`; it has implementation, name"),
         (TOY, ["--config.mechanism.name=local", "--config.mechanism.nope=1"], r"mechanism `local` has no `nope`"),
-        (TOY, ["--config.steps=3", "--config.steps=4"], r"--config.steps is given 2 times"),
+        (TOY, 2 * ["--config.optimizer.no_decay=('vectors',)"], r"--config.optimizer.no_decay is given 2 times"),
         (TOY, ["nope"], r"unexpected argument `nope`"),
         (TOY, ["--nope=1"], r"nope"),
     ],

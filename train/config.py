@@ -169,7 +169,8 @@ def load(path: str, overrides: Sequence[str]) -> Config:
     keys = list(filter(None, map(_overridden_key, overrides)))
     for key in keys:
         _check_key(config, key)
-        if keys.count(key) > 1:  # of two tuples absl would make one
+        if keys.count(key) > 1 and isinstance(flatten(config.to_dict())[key], tuple):
+            # Absl would make one of them. Of other values the last counts.
             raise UsageError(f"--config.{key} is given {keys.count(key)} times")
     values = flags.FlagValues()
     argv = ["", *overrides]
