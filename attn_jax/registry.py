@@ -10,10 +10,27 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from attn_jax.mechanisms.base import Attention, ProjectedAttention
 from attn_jax.types import Dtype, check_dtype, check_flag, check_integer
 
 # Arguments that every mechanism takes; what else its constructor takes by keyword are its options.
 _COMMON = ("self", "dim", "num_heads", "causal", "dtype", "param_dtype", "rngs")
+
+# What the base classes leave to a mechanism: methods that refuse or return None, and those that ask another one.
+_UNWRITTEN = (
+    Attention.attend,
+    Attention.weights,
+    Attention.init_cache,
+    Attention.step,
+    ProjectedAttention.mix,
+    ProjectedAttention.mix_weights,
+)
+_ASKS = {
+    Attention.__call__: "attend",
+    Attention.attention_weights: "weights",
+    ProjectedAttention.attend: "mix",
+    ProjectedAttention.weights: "mix_weights",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +114,12 @@ def register[M: Callable[..., Any]](
         _check_class(where, module, mask=mask, cross=cross, decode=decode, weights=weights)
         if name in _registered and _origin(_registered[name].module) != _origin(module):
             raise ValueError(f"register: `name` {name!r} is taken by {_registered[name].module}")
-        _registered[name] = Mechanism(
+        mechanism = Mechanism(
             name, module, causal, bidirectional, mask, cross, decode, weights, time, memory, implementations
         )
+        if implementations and "implementation" not in mechanism.options():
+            raise ValueError(f"{where} must take the option `implementation`, got {implementations=} without it")
+        _registered[name] = mechanism
         return module
 
     return add
@@ -126,9 +146,20 @@ def _check_class(where: str, module: Any, *, mask: bool, cross: bool, decode: bo
             raise ValueError(
                 f"{where} must take options by keyword only, got `{p.name}` before the `*` of __init__"
             )
-    methods = {"init_cache": decode, "step": decode, "attention_weights": weights}
-    if missing := [method for method, is_needed in methods.items() if is_needed and not hasattr(module, method)]:
-        raise ValueError(f"{where} must have the methods of what it supports, got none named {missing[0]}")
+    if cross and module.__call__ is Attention.__call__ and not module.cross:
+        raise ValueError(f"{where} must set `cross = True` in its class to take `context`, got `cross = False`")
+    methods = {"__call__": True, "init_cache": decode, "step": decode, "attention_weights": weights}
+    for method in (method for method, is_needed in methods.items() if is_needed):
+        if missing := _unwritten(module, method):
+            raise ValueError(f"{where} must have the methods of what it supports, got no `{missing}` of its own")
+
+
+def _unwritten(module: type, method: str) -> str | None:
+    """The name of what `module` must write to have `method`; None where it has it."""
+    found = getattr(module, method, None)
+    if found in _ASKS:
+        return _unwritten(module, _ASKS[found])
+    return method if found is None or found in _UNWRITTEN else None
 
 
 def _unknown_name(name: Any) -> ValueError:

@@ -40,6 +40,7 @@ SMOKE = {
 # which our modules do not have). The paper says 3 layers and a learning rate of 0.01.
 PAPER = {
     "comparability": "the released setting but for the narrower queries and the dropout of attention weights",
+    "data_location": {"key": "task.source", "other_data": ("digits",)},
     "task": {"source": "cifar10", "buckets": (1_024,)},
     "model": {"dim": 128, "num_heads": 8, "num_layers": 1, "mlp_dim": 128, "pool": "cls", "dropout": 0.3},
     "batch_size": 256,

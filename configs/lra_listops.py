@@ -52,6 +52,7 @@ SMOKE = {
 PAPER = {
     "comparable": True,
     "comparability": "the released setting; masks reach every layer, which four of the published baselines omit",
+    "data_location": {"key": "task.data_dir"},
     "task": {"buckets": (2_000,)},
     "model": {"dim": 512, "num_heads": 8, "num_layers": 4, "mlp_dim": 1_024, "pool": "cls", "dropout": 0.1},
     "batch_size": 32,

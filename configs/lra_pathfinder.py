@@ -40,6 +40,7 @@ SMOKE = {
 # batch 512, 200 epochs of 312 steps, no clipping. Others of the release are narrower (32) and deeper (performer).
 PAPER = {
     "comparability": "released but for the width of queries; generated images unless data_dir is given",
+    "data_location": {"key": "task.data_dir"},
     "task": {"generator": {"num_train": 160_000, "num_val": 20_000, "num_test": 20_000}},
     "model": {"dim": 128, "num_heads": 4, "num_layers": 1, "mlp_dim": 128, "pool": "mean", "dropout": 0.2},
     "batch_size": 512,

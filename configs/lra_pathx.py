@@ -41,6 +41,7 @@ SMOKE = {
 # MLP 32, 2 heads, 1 layer, batch 64, 200 epochs of 2,500 steps; learned positions there, sinusoidal ones here.
 PAPER = {
     "comparability": "released but for positions and the width of queries; generated without data_dir",
+    "data_location": {"key": "task.data_dir"},
     "task": {"generator": {"num_train": 160_000, "num_val": 20_000, "num_test": 20_000}},
     "model": {"dim": 32, "num_heads": 2, "num_layers": 1, "mlp_dim": 32, "pool": "mean", "dropout": 0.1},
     "batch_size": 64,

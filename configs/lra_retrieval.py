@@ -52,6 +52,7 @@ SMOKE = {
 PAPER = {
     "comparability": "released but for one hidden layer less in the head; masks reach every layer, which four of"
     " the published baselines omit",
+    "data_location": {"key": "task.source", "other_data": ("news",)},
     "task": {"source": "tsv_data", "buckets": (4_000,)},
     "model": {
         "dim": 128,

@@ -39,6 +39,7 @@ SMOKE = {
 PAPER = {
     "comparable": True,
     "comparability": "the released setting; validated on a tenth of the training reviews, not on the test set",
+    "data_location": {"key": "task.source", "other_data": ("news",)},
     "task": {"source": "imdb", "buckets": (1_000,)},
     "model": {"dim": 256, "num_heads": 4, "num_layers": 4, "mlp_dim": 1_024, "pool": "cls", "dropout": 0.1},
     "batch_size": 32,

@@ -108,6 +108,30 @@ def test_a_changed_setting_is_not_comparable():
     }
 
 
+LOCATIONS = [
+    ("lra_listops", "task.data_dir", None),
+    ("lra_text", "task.source", "news"),
+    ("lra_retrieval", "task.source", "news"),
+    ("lra_image", "task.source", "digits"),
+    ("lra_pathfinder", "task.data_dir", None),
+    ("lra_pathx", "task.data_dir", None),
+]
+
+
+@pytest.mark.parametrize("name, key, other_data", LOCATIONS)
+def test_where_the_data_lie_changes_no_verdict_and_other_data_do(name, key, other_data):
+    def verdict(*flags, preset="paper"):
+        config = configs.load(f"configs/{name}.py:{preset}", [f"--config.{flag}" for flag in flags])
+        return config.comparable, config.comparability
+
+    assert verdict(f"{key}=~/data") == verdict()
+    assert verdict(f"{key}=~/data", "steps=3") == (False, "changed from the preset: steps")
+    if other_data is not None:
+        assert verdict(f"{key}={other_data}") == (False, f"changed from the preset: {key}")
+        # The other presets read the stand-in, from which the published data differ.
+        assert verdict(f"{key}=~/data", preset="default") == (False, f"changed from the preset: {key}")
+
+
 def test_differing_keys_are_named_wherever_they_are():
     a = configs.to_dict(configs.load(TOY, []))
     b = configs.to_dict(configs.load(f"{TOY}:local", ["--config.optimizer.b1=0.5", "--config.log_every=1"]))

@@ -14,7 +14,7 @@ from flax import nnx
 
 import attn_jax
 from attn_jax import ops, registry
-from attn_jax.mechanisms.base import Attention
+from attn_jax.mechanisms.base import Attention, ProjectedAttention
 from attn_jax.positions import rotary
 from train import cli
 
@@ -81,12 +81,36 @@ def register(decorated=None, name="mine", **arguments):
     class Mine(Attention):
         mechanism = "mine"
 
+        def attend(self, x, mask, context, context_mask):
+            return x
+
     arguments = {"causal": False, "time": "L", "memory": "L"} | arguments
     return attn_jax.register(name, **arguments)(Mine if decorated is None else decorated)
 
 
 class Bare:
     pass
+
+
+class Unwritten(Attention):
+    mechanism = "mine"
+
+
+class HalfDecoder(Unwritten):
+    def attend(self, x, mask, context, context_mask):
+        return x
+
+    def init_cache(self, batch, max_length, dtype=jnp.float32):
+        return ()
+
+
+class Unmixed(ProjectedAttention):
+    mechanism = "mine"
+
+
+class Weightless(Unmixed):
+    def mix(self, q, k, v, mask):
+        return v
 
 
 class OtherConstructor(nnx.Module):
@@ -427,6 +451,26 @@ MISTAKES = {
         ["'mine'", "options by keyword only", "got `window`"],
     ),
     "decoding without order": (lambda: register(decode=True), ["'mine'", "causal to decode", "'causal': False"]),
+    "decoding that refuses": (
+        lambda: register(causal=True, decode=True),
+        ["'mine'", "the methods of what it supports", "no `init_cache` of its own"],
+    ),
+    "half a decoder": (
+        lambda: register(HalfDecoder, causal=True, decode=True),
+        ["'mine'", "no `step` of its own"],
+    ),
+    "no attention": (lambda: register(Unwritten), ["'mine'", "no `attend` of its own"]),
+    "no attention of projections": (lambda: register(Unmixed), ["'mine'", "no `mix` of its own"]),
+    "weights of nothing": (lambda: register(weights=True), ["'mine'", "no `weights` of its own"]),
+    "weights of no projections": (
+        lambda: register(Weightless, weights=True),
+        ["'mine'", "no `mix_weights` of its own"],
+    ),
+    "a context that is refused": (lambda: register(cross=True), ["'mine'", "must set `cross = True`"]),
+    "implementations of no option": (
+        lambda: register(implementations=("xla",)),
+        ["'mine'", "must take the option `implementation`", "('xla',)"],
+    ),
     "neither way": (
         lambda: register(bidirectional=False),
         ["'mine'", "causal or bidirectional", "'bidirectional': False"],

@@ -27,7 +27,7 @@ PRESETS = ("smoke", "default", "paper")
 
 # What may differ between two commands that go on with one run: where and how it runs, not what it computes.
 RUNTIME_KEYS = ("file", "num_cpu_devices", "mesh", "distributed", "log_every")
-_VERDICT_KEYS = ("comparable", "comparability")  # follow from the others
+_VERDICT_KEYS = ("comparable", "comparability", "data_location")  # follow from the others, or only judge them
 
 COMMON = dict(
     file="",  # where the config came from
@@ -35,6 +35,9 @@ COMMON = dict(
     # How a result of this preset relates to published numbers; a changed setting makes it not comparable.
     comparable=False,
     comparability="",
+    # The setting that says where the data of this preset lie, and those of its values that are other data. Any
+    # other value is a place of the same data and leaves the result as comparable as it is.
+    data_location=dict(key="", other_data=()),
     dtype="float32",  # of the computation; "bfloat16" on accelerators
     param_dtype="float32",
     batch_size=32,
@@ -183,6 +186,9 @@ def load(path: str, overrides: Sequence[str]) -> Config:
         raise UsageError(f"unexpected argument `{unknown[0]}` (see --help)")
     _check_values(config)
     changed = [key for key in differing_keys(to_dict(config), to_dict(plain)) if key != "seed"]
+    location = plain.data_location
+    if location.key in changed and flatten(to_dict(config))[location.key] not in location.other_data:
+        changed.remove(location.key)
     if changed:
         config.comparable = False
         config.comparability = f"changed from the preset: {', '.join(changed)}"
