@@ -21,7 +21,7 @@ from train import config as configs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PLACEHOLDERS = {"MECHANISM": "standard", "TASK": "listops"}  # of a command whose settings are shown
+PLACEHOLDERS = {"MECHANISM": "standard", "TASK": "listops"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
 
 FEW = {"steps": 2, "eval_every": 2, "mesh.data": 1}  # one device, over which every batch divides
@@ -97,7 +97,8 @@ def short(arguments, source):
     if not Path(file).exists():
         Path(file).write_text(source)
     meant = configs.load(path, [])
-    if meant.preset == "paper" or "--show" in arguments:
+    elsewhere = any(word.startswith("--config.distributed.") for word in arguments)
+    if meant.preset == "paper" or elsewhere or "--show" in arguments:
         return [*(word for word in arguments if word != "--show"), "--show"]
     smoke = configs.load(f"{file}:{meant.mechanism.name},smoke", [])
     as_is, smoke = (configs.flatten(config.to_dict()) for config in (meant, smoke))
