@@ -146,7 +146,7 @@ def _check_class(where: str, module: Any, *, mask: bool, cross: bool, decode: bo
             raise ValueError(
                 f"{where} must take options by keyword only, got `{p.name}` before the `*` of __init__"
             )
-    if cross and module.__call__ is Attention.__call__ and not getattr(module, "cross", False):
+    if cross and issubclass(module, Attention) and module.__call__ is Attention.__call__ and not module.cross:
         raise ValueError(f"{where} must set `cross = True` in its class to take `context`, got `cross = False`")
     methods = {"__call__": True, "init_cache": decode, "step": decode, "attention_weights": weights}
     for method in (method for method, is_needed in methods.items() if is_needed):

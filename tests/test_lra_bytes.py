@@ -33,6 +33,36 @@ def imdb(tmp_path):
     return tmp_path
 
 
+def test_both_sources_of_reviews_hold_out_the_same_ones(imdb, monkeypatch, caplog):
+    def records(name, otherwise):
+        """In another order than the folder's, and as tensorflow-datasets keeps them: without the space around."""
+        parts = {}
+        for part in ("train", "test"):
+            files = sorted((imdb / part).glob("*/*_7.txt"), key=lambda file: file.name)
+            labels = [text.SENTIMENTS.index(file.parent.name) for file in files]
+            parts[part] = [{"text": f.read_bytes().strip(), "label": label} for f, label in zip(files, labels)]
+        parts["test"].append({"text": b"", "label": 1})
+        return parts
+
+    def contents(splits):
+        return {
+            split: sorted(
+                (record["tokens"].tobytes(), int(record["label"]))
+                for record in map(data.__getitem__, range(len(data)))
+            )
+            for split, data in splits.items()
+        }
+
+    monkeypatch.setattr(text.prepared, "records", records)
+    from_folder, from_prepared = contents(text.acl_imdb(imdb, 200)), contents(text.tfds_imdb(200))
+    assert from_folder == from_prepared and len(from_folder["val"]) > 0
+    assert [record.getMessage() for record in caplog.records] == ["texts: left out 1 without a character"] * 2
+    # The text alone decides: whatever a file is called.
+    for number, file in enumerate(sorted((imdb / "train" / "pos").iterdir())):
+        file.rename(file.with_name(f"renamed_{number}.txt"))
+    assert contents(text.acl_imdb(imdb, 200)) == from_folder
+
+
 def test_reviews_are_read_once_with_their_class(imdb):
     splits = text.acl_imdb(imdb, 200)
     seen = {
@@ -43,7 +73,7 @@ def test_reviews_are_read_once_with_their_class(imdb):
         split: len(found) for split, found in seen.items()
     }
     assert len(seen["train"]) + len(seen["val"]) == 80 and len(seen["test"]) == 80
-    assert 0 < len(seen["val"]) < 20, "a tenth, by a hash of the names"
+    assert 0 < len(seen["val"]) < 20, "a tenth, by a hash of the text"
     for split, found in seen.items():
         part = b"test" if split == "test" else b"train"
         assert all(content.startswith(part) for content in found)

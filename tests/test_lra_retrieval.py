@@ -88,7 +88,7 @@ def test_a_text_is_cut_to_its_first_10_000_bytes_before_the_models_length(publis
         ),
         (b"1.0\ta\tb\ttext\ttext\n1.0\ta\tb\tte", r"eval.tsv:2: .*got 4 fields.*cut off"),
         (b"1.0\ta\tb\ttext\ttext\n1.0\ta\tb\ttext\tte", r"eval.tsv:2: the last line has no end"),
-        (b"1.0\ta\tb\t\ttext\n", r"eval.tsv:1: "),
+        (b"1.0\ta\tb\t\ttext\n", "holds no pairs"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(published, content, complaint):
@@ -96,6 +96,14 @@ def test_what_is_wrong_with_a_file_is_said(published, content, complaint):
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         aan.read(published, 12)
+
+
+def test_pairs_with_an_empty_text_are_left_out_and_counted(published, caplog):
+    file = published / "tsv_data" / "new_aan_pairs.eval.tsv"
+    file.write_bytes(b"1.0\ta\tb\t\ttext\n0.0\ta\tb\ttext\t \r\n1.0\ta\tb\tfirst\tsecond\n")
+    assert aan.read(published, 12)["val"].lengths.tolist() == [5, 6]
+    (record,) = caplog.records
+    assert record.getMessage() == f"{file}: left out 2 pairs with an empty text"
 
 
 def test_every_pair_is_in_one_batch_with_both_documents(published):

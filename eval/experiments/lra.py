@@ -3,10 +3,10 @@
 The source ("Attention Mechanism Comparison") promises a comparison of four mechanisms on ListOps and text, and
 leaves its results open. Here it is with the source's settings: width 128, 4 heads, 2 layers, MLP 512, 3
 timescales, dropout 0.1, batches of 32, learning rate 1e-4, weight decay 1e-5, early stopping after 10 epochs
-without improvement. Two things differ. The data is what two CPU cores can do: lists of at most 64 tokens, 20 epochs
-as in the source; the first 128 bytes of a text, 10 epochs. And the width of the MLP makes all models equally large:
-`multi_timescale` has projections for each timescale and is larger than the others with MLPs of any width, so the
-budget is one that it can keep to.
+without improvement. Two things differ. The data is what two CPU cores can do: lists of at most 64 tokens, 20
+epochs as in the source; the first 128 bytes of a text, 10 epochs. And the width of the MLP makes all models
+equally large: `multi_timescale` has projections for each timescale and is larger than the others with MLPs of
+any width, so the budget is one that it can keep to.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+
+logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -24,6 +27,12 @@ def split_of(name: str, val: float = 0.1, test: float = 0.1) -> str:
     """The split of a name, by its `share`: `val` and `test` are what each of these gets, on average."""
     place, train = share(name), 1 - val - test
     return "train" if place < train else "val" if place < train + val else "test"
+
+
+def warn_left_out(where: object, number: int, what: str) -> None:
+    """Says how many examples a reader has left out, if any."""
+    if number:
+        logger.warning("%s: left out %d %s", where, number, what)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data import SPLITS, DataError, SequenceDataset, realdata, split_of
+from train.data import SPLITS, DataError, SequenceDataset, realdata, split_of, warn_left_out
 from train.data.text import encode
 
 NUM_CLASSES = 2
@@ -24,7 +24,8 @@ _LABELS = {b"0.0": 0, b"1.0": 1, b"0": 0, b"1": 1}
 def read(directory: str | os.PathLike, max_length: int) -> dict[str, SequenceDataset]:
     """Reads the published `new_aan_pairs.{train,eval,test}.tsv` from `directory` or its folder `tsv_data`.
 
-    A line is a label, two ids and two texts, between tabs, without quoting and without a header.
+    A line is a label, two ids and two texts, between tabs, without quoting and without a header. Pairs of which a
+    text is empty are left out.
 
     Raises:
       DataError: a missing folder or file, a malformed line (by its number), a last line without an end, no pairs.
@@ -36,12 +37,12 @@ def read(directory: str | os.PathLike, max_length: int) -> dict[str, SequenceDat
 
 
 def _read_file(path: Path, max_length: int) -> SequenceDataset:
-    documents, labels = [], []
+    documents, labels, num_empty = [], [], 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 fields = line.rstrip(b"\r\n").split(b"\t")
-                if len(fields) != 5 or fields[0] not in _LABELS or not (fields[3] and fields[4]):
+                if len(fields) != 5 or fields[0] not in _LABELS:
                     raise DataError(
                         f"{path}:{number}: expected label 0.0 or 1.0, two ids and two texts between tabs, got"
                         f" {len(fields)} fields and {fields[0][:20]!r}; is the file cut off?"
@@ -51,6 +52,9 @@ def _read_file(path: Path, max_length: int) -> SequenceDataset:
                         f"{path}:{number}: the last line has no end: the file is cut off; if it is complete, add a"
                         " line break"
                     )
+                if not (fields[3].strip() and fields[4].strip()):
+                    num_empty += 1
+                    continue
                 documents += [encode(text[:_FIRST_BYTES], max_length) for text in fields[3:]]
                 labels += [_LABELS[fields[0]]] * 2
     except OSError as error:
@@ -58,6 +62,7 @@ def _read_file(path: Path, max_length: int) -> SequenceDataset:
             f"cannot read {path}: {error.strerror or error}; download lra_release.gz of Long Range Arena, unpack"
             " it, and give the folder of new_aan_pairs.train.tsv as task.source"
         ) from error
+    warn_left_out(path, num_empty, "pairs with an empty text")
     if not labels:
         raise DataError(f"{path} holds no pairs")
     return SequenceDataset.pack(documents, labels)
