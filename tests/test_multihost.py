@@ -46,7 +46,7 @@ def start(*commands, devices):
 
 def ended(process):
     """Of each command of a process the exit code, what it printed, and its errors."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=200)
     lines = [line for line in out.splitlines() if line.startswith("ENDED")]
     assert lines, err
     return json.loads(lines[0].removeprefix("ENDED"))
@@ -94,7 +94,12 @@ def runs(tmp_path_factory):
         return [(a, e, c and [str(x) for x in c]) for a, e, c in commands(index).values()]
 
     both = [start(*encoded(index), devices=1) for index in range(2)]
-    found = {name: pair for name, *pair in zip(commands(0), *map(ended, both))}
+    try:
+        found = {name: pair for name, *pair in zip(commands(0), *map(ended, both))}
+    finally:
+        for process in both:  # one that waits for the other, if that failed
+            process.kill()
+            process.communicate()
     alone = [
         [f"--workdir={folder / name}", f"--config.mesh.{axis}=2", f"--config.steps={steps}"]
         for name, axis, steps in (("one data", "data", 8), ("one fsdp", "fsdp", 16), ("alone", "fsdp", 16))
