@@ -76,10 +76,10 @@ def test_every_command_and_example_runs(document, tmp_path, monkeypatch):
 
 def run(program, arguments, source):
     """Runs `python -m program` in this process; `source` is the content of a config that is not there."""
-    if program == "train":
-        arguments = short(arguments, source)
-    elif program in LONG or not arguments:
+    if program in LONG or not arguments:
         arguments = [*arguments, "--help"]
+    elif program == "train":
+        arguments = short(arguments, source)
     arguments = [name for word in arguments for name in (glob.glob(word) if "*" in word else [word])]
     main = importlib.import_module(f"{program}.__main__" if program in PACKAGES else program).main
     code, out, err = outcome(main, *arguments)
