@@ -90,9 +90,10 @@ def run(program, arguments, source):
 def short(arguments, source):
     """`arguments` of `python -m train` as a run of seconds: a default run gets the sizes of the preset `smoke`."""
     path = arguments[arguments.index("--config") + 1]
-    for name, value in PLACEHOLDERS.items():
-        if name in path:
-            return ["--config", path.replace(name, value), "--show"]
+    if any(name in path for name in PLACEHOLDERS):
+        for name, value in PLACEHOLDERS.items():
+            path = path.replace(name, value)
+        return ["--config", path, "--show"]
     file = path.partition(":")[0]
     if not Path(file).exists():
         Path(file).write_text(source)
