@@ -183,8 +183,8 @@ def _compile_all(jobs: Sequence[aot.Job], args: argparse.Namespace) -> Iterator[
     """The records of `jobs` as they are finished."""
     processes = _Processes(args.timeout)
     with ThreadPoolExecutor(args.jobs) as executor:
-        running = {executor.submit(processes.run, job): job for job in jobs}
-        try:
+        try:  # from the first process on
+            running = {executor.submit(processes.run, job): job for job in jobs}
             for number, future in enumerate(as_completed(running), 1):
                 record = future.result()
                 _say(f"[{number}/{len(jobs)}] {running[future].key}: done")

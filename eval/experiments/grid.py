@@ -120,8 +120,8 @@ def run_all(cells: Sequence[Cell], engine: Engine, finished: Callable[[], Any]) 
     failed = []
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     with ThreadPoolExecutor(engine.at_once) as executor, tqdm(total=len(cells), unit="run", disable=None) as bar:
-        running = {executor.submit(engine.run, cell): cell for cell in cells}
-        try:
+        try:  # from the first run on
+            running = {executor.submit(engine.run, cell): cell for cell in cells}
             for future in as_completed(running):
                 cell, problem = running[future], future.result()
                 if problem is not None:
