@@ -11,7 +11,7 @@ The images are generated, or read from the published folder pathfinder32 with `-
 from train.config import experiment
 
 DEFAULT = {
-    "comparability": "generated images of the same task, and a small model",
+    "comparability": "a small model; generated images unless data_dir is given",
     "task": {
         "name": "pathfinder",
         "data_dir": "",

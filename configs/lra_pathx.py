@@ -12,7 +12,7 @@ folder pathfinder128 with `--config.task.data_dir=DIR`. The smoke preset has 64 
 from train.config import experiment
 
 DEFAULT = {
-    "comparability": "generated images of the same task, and a small model",
+    "comparability": "a small model; generated images unless data_dir is given",
     "task": {
         "name": "pathfinder",
         "data_dir": "",

@@ -145,6 +145,17 @@ def test_cores_become_devices_as_far_as_the_batch_divides(monkeypatch):
         assert asked.pop() == ("jax_num_cpu_devices", count)
 
 
+def test_a_process_that_has_its_devices_trains_on_them_and_gets_no_others(monkeypatch):
+    before = jax.devices()
+    monkeypatch.setattr(sharding, "_told_otherwise", lambda: False)
+    config = toy.get_config()
+    sharding.use_cpu_devices(config)
+    assert jax.devices() == before
+    config.num_cpu_devices = len(before) + 1
+    with pytest.raises(UsageError, match="num_cpu_devices comes too late in this process"):
+        sharding.use_cpu_devices(config)
+
+
 def test_batches_are_split_over_rows():
     config = config_of(toy, (2, 2, 1))
     task = toy_task(config)

@@ -21,8 +21,8 @@ SMALL = ["--config.mesh.data=1", "--config.model.num_layers=1"]  # a second laye
 
 
 def sequences(task):
-    """As many documents as two batches of pairs need, each as long as the longest bucket."""
-    number, length = 4 * task.config.batch_size, max(task.config.task.buckets)
+    """As many documents as two batches of pairs need, each as long as the shortest bucket."""
+    number, length = 4 * task.config.batch_size, min(task.config.task.buckets)
     tokens = np.random.default_rng(0).integers(1, task.vocab_size, (number, length)).astype(np.uint16)
     return SequenceDataset.pack(list(tokens), [place // 2 % task.num_classes for place in range(number)])
 

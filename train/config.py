@@ -28,6 +28,7 @@ PRESETS = ("smoke", "default", "paper")
 # What may differ between two commands that go on with one run: where and how it runs, not what it computes.
 RUNTIME_KEYS = ("file", "num_cpu_devices", "mesh", "distributed", "log_every")
 _VERDICT_KEYS = ("comparable", "comparability", "data_location")  # follow from the others, or only judge them
+_GIVEN_KEYS = ("name", "file", "preset", *_VERDICT_KEYS)  # by `--config FILE.py:VARIANT`, and by nothing else
 
 COMMON = dict(
     file="",  # where the config came from
@@ -172,6 +173,8 @@ def load(path: str, overrides: Sequence[str]) -> Config:
     keys = list(filter(None, map(_overridden_key, overrides)))
     for key in keys:
         _check_key(config, key)
+        if key.partition(".")[0] in _GIVEN_KEYS:
+            raise UsageError(f"--config.{key} cannot be set: it follows from --config FILE.py[:VARIANT]")
         if keys.count(key) > 1 and isinstance(flatten(config.to_dict())[key], tuple):
             # Absl would make one of them. Of other values the last counts.
             raise UsageError(f"--config.{key} is given {keys.count(key)} times")
