@@ -3,6 +3,9 @@
 *One core*: processor time of all threads, one thread for torch and one device for ours; other work on the machine
 disturbs it least. *All cores*: wall time, torch on as many threads as ours has devices to shard its heads (or
 channels) over. A ratio is the median of those of neighbouring calls, ours / peer.
+
+*Products alone* are the matrix products of our forward pass in its tiles, without all that makes them attention,
+on one core: ours cannot be faster as long as XLA multiplies as it does.
 """
 
 # The peers are an extra, which those who check types need not have installed.
@@ -18,13 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attn_jax import ops
-from eval.measure import PASSES, alternate, conditions, difference, finite, median, number, table, temporary_bytes
+from attn_jax.engine import plan
+from eval.measure import PASSES, alternate, conditions, difference, finite, number, table, temporary_bytes
 
-WINDOW, FEATURES, STATES = 128, 256, 16
+WINDOW, FEATURES, CHUNK, STATES = 128, 256, 128, 16
+
+WHOLE_TILES = 512
 
 # float32, sums of thousands of terms in other orders.
 TOLERANCE = 1e-4
@@ -42,6 +49,8 @@ class Case(NamedTuple):
       ours, theirs: functions of the arrays with one result.
       framework: what the peer's arrays are.
       specs: how each array is split over the devices; None: all by heads.
+      products: a function of the arrays that computes the matrix products of `ours` alone, where it is not causal
+        and `WHOLE_TILES` divides the length.
       note: what to know when reading the ratio.
     """
 
@@ -50,6 +59,7 @@ class Case(NamedTuple):
     theirs: Callable[..., Any]
     framework: Literal["torch", "jax"] = "torch"
     specs: list[P] | None = None
+    products: Callable[..., Any] | None = None
     note: str = ""
 
 
@@ -62,11 +72,47 @@ def _heads(length: int, args: Namespace, number: int = 3) -> list[np.ndarray]:
     return _normal(0, *[(1, length, args.heads, args.dim // args.heads)] * number)
 
 
+def _over_heads(row: Callable[..., Any], *arrays: Any) -> Any:
+    return lax.map(lambda row_arrays: row(*row_arrays), tuple(x[0].swapaxes(0, 1) for x in arrays))
+
+
+def _attention_products(q: Any, k: Any, v: Any, *, left: int | None = None, right: int | None = None) -> Any:
+    """`q k^T` and its product with `v`, in the tiles of a `Plan` with these bounds; of one step in a window."""
+    (queries, keys), _ = plan.tiles(left, right)
+
+    def row(q: Any, k: Any, v: Any) -> Any:
+        def tile(i: Any) -> Any:
+            def add(j: Any, total: Any) -> Any:
+                take = functools.partial(lax.dynamic_slice_in_dim, start_index=j, slice_size=keys)
+                return total + lax.dynamic_slice_in_dim(q, i, queries) @ take(k).T @ take(v)
+
+            nothing = jnp.zeros((queries, v.shape[1]), v.dtype)
+            if left is not None:
+                return add(i - left, nothing)
+            return lax.fori_loop(0, -(-len(k) // keys), lambda t, total: add(t * keys, total), nothing)
+
+        return lax.map(tile, jnp.arange(0, len(q), queries))
+
+    return _over_heads(row, q, k, v)
+
+
+def _favor_products(projection: Any, q: Any, k: Any, v: Any) -> Any:
+    """The features' projections, the state of all keys, and its products with the queries' features."""
+
+    def row(q: Any, k: Any, v: Any) -> Any:
+        q, k, v = (x.reshape(-1, min(CHUNK, len(x)), x.shape[1]) for x in (q, k, v))
+        nothing = jnp.zeros((len(projection), v.shape[-1]), v.dtype)
+        state, _ = lax.scan(lambda state, kv: (state + projection @ kv[0].T @ kv[1], None), nothing, (k, v))
+        return lax.map(lambda q: state.T @ (projection @ q.T), q)
+
+    return _over_heads(row, q, k, v)
+
+
 def _standard(length: int, args: Namespace, theirs: Callable[..., Any], framework: Any) -> Case:
     def ours(q: Any, k: Any, v: Any) -> Any:
         return ops.standard_attention(q, k, v, causal=args.causal)
 
-    return Case(_heads(length, args), ours, theirs, framework)
+    return Case(_heads(length, args), ours, theirs, framework, products=_attention_products)
 
 
 def standard_torch(length: int, args: Namespace) -> Case:
@@ -98,7 +144,10 @@ def dual_kv_torch(length: int, args: Namespace) -> Case:
     def theirs(q: Any, k1: Any, v1: Any, k2: Any, v2: Any) -> Any:
         return sdpa(q, torch.cat([k1, k2], 2), torch.cat([v1, v2], 2), attn_mask=mask)
 
-    return Case(_heads(length, args, 5), ours, theirs)
+    def products(q: Any, k1: Any, v1: Any, k2: Any, v2: Any) -> Any:
+        return _attention_products(q, k1, v1) + _attention_products(q, k2, v2)
+
+    return Case(_heads(length, args, 5), ours, theirs, products=products)
 
 
 def local_torch(length: int, args: Namespace) -> Case:
@@ -113,7 +162,13 @@ def local_torch(length: int, args: Namespace) -> Case:
         return ops.local_attention(q, k, v, window=WINDOW, causal=args.causal)
 
     padded = "" if length % WINDOW == 0 else "; it attends to its own zero padding: use a multiple of the window"
-    return Case(_heads(length, args), ours, theirs, note=f"window {WINDOW}, the peer computes blocks{padded}")
+    return Case(
+        _heads(length, args),
+        ours,
+        theirs,
+        products=functools.partial(_attention_products, left=WINDOW, right=WINDOW),
+        note=f"window {WINDOW}, the peer computes blocks{padded}",
+    )
 
 
 def performer_torch(length: int, args: Namespace) -> Case:
@@ -126,14 +181,18 @@ def performer_torch(length: int, args: Namespace) -> Case:
     mix = causal_mix if args.causal else peer.linear_attention
 
     def ours(q: Any, k: Any, v: Any) -> Any:
-        return ops.favor_attention(q, k, v, jnp.asarray(projection), causal=args.causal)
+        return ops.favor_attention(q, k, v, jnp.asarray(projection), causal=args.causal, chunk=CHUNK)
 
     def theirs(q: Any, k: Any, v: Any) -> Any:
         return mix(features(q, is_query=True), features(k, is_query=False), v)
 
     leak = "; the causal peer leaks the future through the stabiliser of its keys" if args.causal else ""
     return Case(
-        _heads(length, args), ours, theirs, note=f"{FEATURES} features, without the constants the peer adds{leak}"
+        _heads(length, args),
+        ours,
+        theirs,
+        products=functools.partial(_favor_products, projection),
+        note=f"{FEATURES} features, without the constants the peer adds{leak}",
     )
 
 
@@ -180,6 +239,8 @@ def compare(args: Namespace, threads: int) -> Iterator[dict[str, Any]]:
             except ImportError as error:
                 yield record | {"status": f"skipped: {error}; pip install -e '.[peers]'"}
                 continue
+            if args.causal or length % WHOLE_TILES:
+                case = case._replace(products=None)
             for name, result in _compare(case, args, threads).items():
                 yield record | {"pass": name, "note": case.note} | result
 
@@ -200,15 +261,21 @@ def _compare(case: Case, args: Namespace, threads: int) -> dict[str, dict[str, A
                 continue
             result.setdefault("temp_bytes", memory[name])
             result.setdefault("peer_temp_bytes", peer_memory.get(name))
-            samples = alternate([ours[name], theirs[name]], args.repeats, args.budget)
-            seconds, peer_seconds = (getattr(median(s), clock) for s in samples)
-            ratios = [getattr(a, clock) / getattr(b, clock) for a, b in zip(*samples)]
+            calls = [ours[name], theirs[name]]
+            if products := name == PASSES[0] and number_of == 1 and case.products:
+                compiled = jax.jit(products).lower(*case.arrays).compile()
+                calls.append(functools.partial(_block, compiled, list(map(jnp.asarray, case.arrays))))
+            samples = [[getattr(call, clock) for call in s] for s in alternate(calls, args.repeats, args.budget)]
+            seconds = [float(np.median(s)) for s in samples]
+            ratios = [float(np.median(np.divide(s, samples[1]))) for s in samples]
             result[setting] = {
-                "seconds": seconds,
-                "peer_seconds": peer_seconds,
-                "ratio": float(np.median(ratios)),
-                "rounds": len(ratios),
+                "seconds": seconds[0],
+                "peer_seconds": seconds[1],
+                "ratio": ratios[0],
+                "rounds": len(samples[0]),
             }
+            if products:
+                result["products"] = {"seconds": seconds[2], "ratio": ratios[2]}
         if threads == 1:
             break
     return results
@@ -274,6 +341,9 @@ def row(record: dict[str, Any]) -> dict[str, str]:
             f"{number(1e3 * times['seconds'])} / {number(1e3 * times['peer_seconds'])}" if times else ""
         )
         cells[f"{title}, ratio"] = number(times["ratio"]) if times else ""
+    products = r.get("products")
+    cells["products alone, ms"] = number(1e3 * products["seconds"]) if products else ""
+    cells["products alone, ratio"] = number(products["ratio"]) if products else ""
     cells["memory ratio"] = number(r["temp_bytes"] / r["peer_temp_bytes"]) if r.get("peer_temp_bytes") else ""
     return cells | {"status": "; ".join(filter(None, (r["status"], r.get("note"))))}
 

@@ -1,5 +1,6 @@
 """`python -m eval.benchmark`: what it measures, what it refuses, and what it says about bad requests."""
 
+import functools
 import json
 import sys
 from argparse import Namespace
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn_jax.engine import plan
 from attn_jax.mechanisms import performer, standard
 from eval import benchmark, peers
 from eval.measure import difference, exponent, number, root_mean_square, table
@@ -140,10 +142,10 @@ def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
     assert code == 2 and error.count("\n") == 1 and "file" in error
 
 
-def request_peers(monkeypatch, peer, threads=1):
+def request_peers(monkeypatch, peer, threads=1, length=16, causal=True):
     monkeypatch.setattr(peers, "PEERS", [entry for entry in peers.PEERS if entry[1] == peer])
     names = [entry[0] for entry in peers.PEERS]
-    args = Namespace(mechanisms=names, lengths=[16], causal=True, dim=16, heads=2, repeats=2, budget=1.0)
+    args = Namespace(mechanisms=names, lengths=[length], causal=causal, dim=16, heads=2, repeats=2, budget=1.0)
     return list(peers.compare(args, threads))
 
 
@@ -154,6 +156,34 @@ def test_peers_are_timed_beside_ours(monkeypatch):
         assert r["status"] == "ok" and r["difference"] <= peers.TOLERANCE and r["peer_temp_bytes"] > 0
         for setting in ("one_core", "all_cores"):
             assert r[setting]["rounds"] == 2 and r[setting]["ratio"] > 0
+
+
+def test_products_alone_are_timed_where_they_are_those_of_whole_tiles(monkeypatch):
+    forward, both = request_peers(monkeypatch, "jax.nn", length=peers.WHOLE_TILES, causal=False)
+    assert forward["products"]["ratio"] > 0 and peers.row(forward)["products alone, ratio"]
+    assert "products" not in both
+    for length, causal in ((peers.WHOLE_TILES + 1, False), (peers.WHOLE_TILES, True)):
+        records = request_peers(monkeypatch, "jax.nn", length=length, causal=causal)
+        assert all("products" not in r for r in records)
+
+
+def test_products_alone_are_those_of_attention_and_of_its_features():
+    length, (w,) = 2 * peers.WHOLE_TILES, peers._normal(1, (24, 8))
+    arrays = peers._normal(0, *[(1, length, 2, 8)] * 3)
+    q, k, v = (x[0].swapaxes(0, 1) for x in arrays)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-2)  # sums of 1024 terms of order 10
+    close(peers._attention_products(*arrays).reshape(q.shape), q @ k.swapaxes(1, 2) @ v)
+    close(
+        peers._favor_products(w, *arrays).swapaxes(2, 3).reshape(q.shape),
+        q @ w.T @ ((k @ w.T).swapaxes(1, 2) @ v),
+    )
+    # In a window, what the tile of a query in the middle reads.
+    left = right = peers.WINDOW
+    tile, seen = plan.tiles(left, right)[0]
+    windows = peers._attention_products(*arrays, left=left, right=right).reshape(q.shape)
+    rows = slice(4 * tile, 5 * tile)
+    keys = slice(4 * tile - left, 4 * tile - left + seen)
+    close(windows[:, rows], q[:, rows] @ k[:, keys].swapaxes(1, 2) @ v[:, keys])
 
 
 def test_no_ratio_where_the_results_differ(monkeypatch):
