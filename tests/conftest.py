@@ -5,6 +5,8 @@ import os
 
 if os.environ.get("ATTN_JAX_KERNELS") != "gpu":  # see tests/kernels.py
     os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs as small as these compile faster in one piece than in the parts that XLA shares out among threads.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
