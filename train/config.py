@@ -135,7 +135,8 @@ def parse_variant(variant: str) -> tuple[str, str]:
         if kind is None:
             raise UsageError(
                 f"`{word}` is neither a preset ({', '.join(PRESETS)}) nor a mechanism"
-                f" ({', '.join(attn_jax.MECHANISMS)})"
+                f" ({', '.join(attn_jax.MECHANISMS)}); one of your own goes into a config file that registers it"
+                " (README, Add a mechanism)"
             )
         if kind in found:
             raise UsageError(f"`{variant}` names two {kind}s, `{found[kind]}` and `{word}`")
