@@ -170,12 +170,10 @@ def load(path: str, overrides: Sequence[str]) -> Config:
         _, preset = parse_variant(variant)
         variant = f"{preset},{name}"
     plain, config = get_config(variant), get_config(variant)
-    config.file = str(Path(file).resolve())
+    plain.file = config.file = str(Path(file).resolve())
     keys = list(filter(None, map(_overridden_key, overrides)))
     for key in keys:
         _check_key(config, key)
-        if key.partition(".")[0] in _GIVEN_KEYS:
-            raise UsageError(f"--config.{key} cannot be set: it follows from --config FILE.py[:VARIANT]")
         if keys.count(key) > 1 and isinstance(flatten(config.to_dict())[key], tuple):
             # Absl would make one of them. Of other values the last counts.
             raise UsageError(f"--config.{key} is given {keys.count(key)} times")
@@ -189,6 +187,10 @@ def load(path: str, overrides: Sequence[str]) -> Config:
     if unknown:
         raise UsageError(f"unexpected argument `{unknown[0]}` (see --help)")
     _check_values(config)
+    before, after = (flatten(made.to_dict()) for made in (plain, config))
+    for key in keys:
+        if key.partition(".")[0] in _GIVEN_KEYS and after[key] != before[key]:
+            raise UsageError(f"--config.{key} cannot be set: it follows from --config FILE.py[:VARIANT]")
     changed = [key for key in differing_keys(to_dict(config), to_dict(plain)) if key != "seed"]
     location = plain.data_location
     if location.key in changed and flatten(to_dict(config))[location.key] not in location.other_data:
