@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -35,6 +36,15 @@ def test_help_is_help(capsys):
     code, out, _ = outcome(capsys, "--help")
     assert code == 0
     assert "python -m train --config configs/lra_listops.py:performer,smoke" in out
+
+
+def test_a_reader_who_has_enough_ends_a_command_quietly():
+    """As in `python -m train --config FILE.py --show | head`."""
+    command = [sys.executable, "-m", "train", "--config", "tests/toy.py", "--show"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize("config", ["configs/lra_listops.py:mamba,paper", "configs/video_slots.py:dual_kv"])

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured as it sta
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ def run(command: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     logging.captureWarnings(True)
     try:
         command(argv)
+        sys.stdout.flush()
     except (UsageError, RunError, Interrupted) as error:
         logger.debug("traceback", exc_info=True)
         print("error:" if not isinstance(error, Interrupted) else "stopped:", _one_line(error), file=sys.stderr)
@@ -85,6 +87,9 @@ def run(command: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # who reads the output has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at the exit
+        sys.exit(128 + signal.SIGPIPE)
     sys.exit(0)
 
 
