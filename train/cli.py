@@ -88,6 +88,7 @@ def run(command: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # who reads the output has enough, as `head` has
+        logger.debug("traceback", exc_info=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at the exit
         sys.exit(128 + signal.SIGPIPE)
     sys.exit(0)

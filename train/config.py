@@ -28,7 +28,7 @@ PRESETS = ("smoke", "default", "paper")
 # What may differ between two commands that go on with one run: where and how it runs, not what it computes.
 RUNTIME_KEYS = ("file", "num_cpu_devices", "mesh", "distributed", "log_every")
 _VERDICT_KEYS = ("comparable", "comparability", "data_location")  # follow from the others, or only judge them
-_GIVEN_KEYS = ("name", "file", "preset", *_VERDICT_KEYS)  # by `--config FILE.py:VARIANT`, and by nothing else
+_GIVEN_KEYS = ("name", "preset", *_VERDICT_KEYS)  # by `--config FILE.py:VARIANT`, and by nothing else
 
 COMMON = dict(
     file="",  # where the config came from
@@ -170,7 +170,7 @@ def load(path: str, overrides: Sequence[str]) -> Config:
         _, preset = parse_variant(variant)
         variant = f"{preset},{name}"
     plain, config = get_config(variant), get_config(variant)
-    plain.file = config.file = str(Path(file).resolve())
+    config.file = str(Path(file).resolve())
     keys = list(filter(None, map(_overridden_key, overrides)))
     for key in keys:
         _check_key(config, key)
@@ -193,7 +193,7 @@ def load(path: str, overrides: Sequence[str]) -> Config:
             raise UsageError(f"--config.{key} cannot be set: it follows from --config FILE.py[:VARIANT]")
     changed = [key for key in differing_keys(to_dict(config), to_dict(plain)) if key != "seed"]
     location = plain.data_location
-    if location.key in changed and flatten(to_dict(config))[location.key] not in location.other_data:
+    if location.key in changed and after[location.key] not in location.other_data:
         changed.remove(location.key)
     if changed:
         config.comparable = False
