@@ -1,12 +1,19 @@
 """One process, eight CPU devices, no network, and half the compile time."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 if os.environ.get("ATTN_JAX_KERNELS") != "gpu":  # see tests/kernels.py
     os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs as small as these compile faster in one piece than in the parts that XLA shares out among threads.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
+# What takes a second to compile is kept for other tests, in this process, in other workers and in those they start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="attn_jax-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 

@@ -25,6 +25,7 @@ def test_it_runs(script, monkeypatch, tmp_path):
     """At smoke size, in a kernel of its own, started where the notebook is."""
     monkeypatch.setenv("ATTN_JAX_SMOKE", "1")
     monkeypatch.setenv("ATTN_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # so little is computed that compiling takes longer
     resources = {"metadata": {"path": str(script.parent)}}
     nbclient.NotebookClient(notebook(script), timeout=300, kernel_name="python3", resources=resources).execute()
 

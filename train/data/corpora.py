@@ -7,12 +7,20 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
+import logging
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.data import SPLITS, DataError, realdata, split_of
+import numpy as np
+
+from train.data import SPLITS, DataError, cache, realdata, split_of
 from train.data.retrieval import Collection
+
+logger = logging.getLogger(__name__)
 
 _LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__")
 _MIN_QUERY_WORDS = 3
@@ -23,22 +31,38 @@ def docstrings() -> dict[str, Collection]:
     """Summary line -> function, over the standard library of the running Python, split by top-level module.
 
     A document is the function's source without its summary line. Each split has documents of its own, so that
-    nothing is learnt about those of another. Deterministic for a given interpreter.
+    nothing is learnt about those of another. Deterministic for a given interpreter; read once and cached.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
+    paths = {path: path.relative_to(root).with_suffix("").parts for path in sorted(root.rglob("*.py"))}
+    paths = {path: parts for path, parts in paths.items() if not any(part in _LEFT_OUT for part in parts)}
+    digest = hashlib.sha256(sys.version.encode())
+    for path in paths:
+        status = path.stat()
+        digest.update(f"\0{path} {status.st_size} {status.st_mtime_ns}".encode())
+
+    def make(path: Path) -> dict[str, np.ndarray]:
+        logger.info("reading the docstrings of %s, once, into %s", root, path)
+        found = json.dumps(_documented(paths))
+        return {"json": np.frombuffer(found.encode(), np.uint8)}
+
+    stored = cache.load(f"docstrings-v1-{digest.hexdigest()[:16]}.npz", make)
+    pairs = json.loads(stored["json"].tobytes())
+    if not all(pairs.values()):
+        raise DataError(f"the standard library at {root} has no Python sources; set task.source to another corpus")
+    return {split: _paired(found) for split, found in pairs.items()}
+
+
+def _documented(paths: dict[Path, tuple[str, ...]]) -> dict[str, list[tuple[str, str, str]]]:
+    """Name, summary line and rest of the functions in files, given with the parts of their names, by split."""
     pairs: dict[str, list[tuple[str, str, str]]] = {split: [] for split in SPLITS}
     seen = set()
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if any(part in _LEFT_OUT for part in parts):
-            continue
+    for path, parts in paths.items():
         for name, summary, body in _functions(path):
             if summary not in seen:  # several functions that say the same cannot be told apart
                 seen.add(summary)
                 pairs[split_of(parts[0])].append((".".join((*parts, name)), summary, body))
-    if not all(pairs.values()):
-        raise DataError(f"the standard library at {root} has no Python sources; set task.source to another corpus")
-    return {split: _paired(found) for split, found in pairs.items()}
+    return pairs
 
 
 def news() -> dict[str, Collection]:
