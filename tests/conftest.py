@@ -10,9 +10,10 @@ if os.environ.get("ATTN_JAX_KERNELS") != "gpu":  # see tests/kernels.py
     os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs as small as these compile faster in one piece than in the parts that XLA shares out among threads.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
-# What takes a second to compile is kept for other tests, in this process, in other workers and in those they start.
+# What takes long to compile is kept for other tests: in this process, other workers, and processes that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="attn_jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"

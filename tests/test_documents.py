@@ -1,8 +1,9 @@
 """Every command and every Python example in README.md and docs/ runs.
 
-The commands of a document run one after the other in one folder, as a reader would type them. What trains does so
-with the sizes of the preset `smoke` and two steps; what needs hours, devices or a network is asked for its
-`--help`, and a `paper` preset for its settings.
+The commands run one after the other in one folder, as a reader would type them who reads one document after the
+other; what another one said before is not done again. What trains does so with the sizes of the preset `smoke`,
+one layer and two steps; what needs hours, devices or a network is asked for its `--help`, and a `paper` preset for
+its settings.
 """
 
 import glob
@@ -24,7 +25,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"MECHANISM": "standard", "TASK": "listops"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
 
-FEW = {"steps": 2, "eval_every": 2, "mesh.data": 1}  # one device, over which every batch divides
+FEW = {"steps": 2, "eval_every": 2, "model.num_layers": 1, "mesh.data": 1}  # one divides every batch
 VERDICT = ("preset", "comparable", "comparability")
 PACKAGES = ("train", "eval", "eval.compare", "eval.experiments")
 # Programs with tests of their own; each takes minutes or hours, or compilers and devices.
@@ -54,11 +55,19 @@ def code(text):
                 yield shlex.split(part, comments=True)
 
 
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """The folder to work in, and what has been done there."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder, []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_command_and_example_runs(document, tmp_path, monkeypatch):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    source, done = "", []
+def test_every_command_and_example_runs(document, desk, monkeypatch):
+    folder, done = desk
+    monkeypatch.chdir(folder)
+    source = ""
     for item in code(document.read_text()):
         if item in done:
             continue
