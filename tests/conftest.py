@@ -10,7 +10,7 @@ if os.environ.get("ATTN_JAX_KERNELS") != "gpu":  # see tests/kernels.py
     os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs as small as these compile faster in one piece than in the parts that XLA shares out among threads.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
-# What takes long to compile is kept for other tests: in this process, other workers, and processes that they start.
+# What takes long to compile is kept for other tests: here, in other workers, and in processes that they start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="attn_jax-compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
