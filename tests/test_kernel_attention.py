@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn_jax.engine import dispatch
 from attn_jax.engine.gravity import SCALE, gravity_features, plummer
 from attn_jax.engine.plan import Plan, Stream
 from attn_jax.engine.streaming import attend
 from pallas_kernels import attention, instructions
 from pallas_kernels.hardware import INTERPRETER, Hardware
-from tests.kernels import IMPLEMENTATION, ON_GPU, multiply_by, only_interpreted, reports_race
+from tests.kernels import IMPLEMENTATION, ON_GPU, dense_attention, multiply_by, only_interpreted, reports_race
 
 # Relative to the largest entry of each array. float32: sums of some hundred terms in another order. bfloat16 has 8
 # bits and float16 11: operands of the second product and gradients of logits are rounded to them once.
@@ -38,47 +39,77 @@ def inputs(seed, length=70, lengths=(100,), batch=1, heads=1, key_heads=None, wi
     return rng, {"q": q, "query_features": (), "streams": streams}
 
 
-def differentiated(arrays, statics, options, dtype, implementation):
-    """Output, lse, each stream's lse, and the gradients of every array; cotangents of the first two are random."""
-    half = jnp.dtype(dtype)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def fused(target, ordered, options, arrays, others, cotangents):
+    """Output, lse, each stream's lse, and the gradients of `arrays`; of lse, only that of some keys is passed on.
 
-    def cast(path, x):
-        is_feature = any("features" in str(k) for k in path)
-        return jnp.asarray(x, jnp.promote_types(half, jnp.float32) if is_feature else half)
-
-    arrays = jax.tree_util.tree_map_with_path(cast, arrays)
+    Compiled once for each `target`, which only tells programs apart: tests whose arrays differ in nothing but what
+    they hold share one.
+    """
 
     def run(arrays):
-        streams = [Stream(**s, **static) for s, static in zip(arrays["streams"], statics)]
-        features = arrays["query_features"]
-        return attend(arrays["q"], streams, query_features=features, implementation=implementation, **options)
+        streams = [Stream(**s, **o, ordered=x) for s, o, x in zip(arrays["streams"], others["streams"], ordered)]
+        features, offset, reach = arrays["query_features"], others["query_offset"], others["reach"]
+        given = {"query_features": features, "query_offset": offset, "reach": reach, **dict(options)}
+        out, lse, stream_lse = attend(arrays["q"], streams, implementation=IMPLEMENTATION, **given)
+        return (out, lse), stream_lse
 
-    def loss(arrays):
-        attended = out, lse, _ = run(arrays)
-        rng = np.random.default_rng(99)
-        g, h = rng.normal(size=out.shape), rng.normal(size=lse.shape)
-        return jnp.sum(out * g.astype(out.dtype)) + jnp.sum(jnp.where(lse > -1e29, lse, 0) * h), attended
-
-    (_, attended), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-    return attended, gradients
+    (out, lse), pull, stream_lse = jax.vjp(run, arrays, has_aux=True)
+    g, h = cotangents
+    return (out, lse, stream_lse), pull((g, jnp.where(lse > -1e29, h, 0)))[0]
 
 
-dense = {}
-"""What dense attention gives, which several instructions and tilings are compared with."""
+def run(arrays, cotangents, others=None, ordered=None, query_offset=0, reach=None, **options):
+    """By the kernels, as they are set now."""
+    hardware = dispatch.detect() if ON_GPU else dispatch.INTERPRETER
+    streams = others or [{} for _ in arrays["streams"]]
+    others = {"streams": streams, "query_offset": jnp.int32(query_offset), "reach": reach}
+    target = hardware, attention.tiling_for(hardware)
+    ordered = tuple(ordered or [True] * len(streams))
+    return fused(target, ordered, tuple(sorted(options.items())), arrays, others, cotangents)
 
 
-def check(arrays, statics=None, dtype="float32", **options):
-    """The kernel agrees with dense attention in float64 on the same numbers."""
-    dtype = "bfloat16" if ON_GPU and dtype == "float32" else dtype  # the interpreter alone multiplies float32
-    statics = statics or [{} for _ in arrays["streams"]]
-    arrays = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), np.float64), arrays)  # what both get to see
-    leaves = [np.asarray(x) for x in jax.tree.leaves((arrays, statics))]
-    problem = repr(options), *((x.shape, x.tobytes()) for x in leaves)
-    if problem not in dense:
-        with jax.enable_x64(True):
-            dense[problem] = differentiated(arrays, statics, options, "float64", "dense")
-    expected = dense[problem]
-    actual = differentiated(arrays, statics, options, dtype, IMPLEMENTATION)
+def expect(arrays, cotangents, others=None, ordered=None, query_offset=0, reach=None, **options):
+    """By dense attention in float64. `reach` changes nothing, it is a promise."""
+    causal, (left, right) = options.pop("causal", False), options.pop("window", (np.inf, np.inf))
+    readable, distances = [], []
+    for n, s in enumerate(arrays["streams"]):
+        given = {"mask": None, "span": None, **(others[n] if others else {})}
+        distance = query_offset + np.arange(arrays["q"].shape[1])[:, None] - np.arange(s["keys"].shape[1])
+        if ordered and not ordered[n]:
+            distance, may = 0 * distance, np.ones_like(distance, bool)
+        else:
+            may = (distance <= left) & (-distance <= (0 if causal else right))
+        if given["mask"] is not None:
+            may = may & given["mask"][:, None, None, :]
+        if given["span"] is not None:
+            first, end = (np.swapaxes(x, 1, 2)[..., None] for x in given["span"])
+            j = np.arange(s["keys"].shape[1])
+            may = may & (first <= j) & (j < end)
+        readable.append(may)
+        distances.append(np.float64(distance))
+    return dense_attention(arrays, readable, cotangents, distances=distances, **options)
+
+
+def seen(arrays, dtype):
+    """`arrays` as the kernels get to see them, and in float64 what these are; features are at least float32."""
+
+    def cast(path, x):
+        x = jnp.asarray(x, dtype)
+        is_feature = any("features" in str(k) for k in path)
+        return x.astype(jnp.promote_types(dtype, jnp.float32)) if is_feature else x
+
+    arrays = jax.tree_util.tree_map_with_path(cast, arrays)
+    return arrays, jax.tree.map(lambda x: np.asarray(x, np.float64), arrays)
+
+
+def cotangent(arrays):
+    """Of the output."""
+    shape = *arrays["q"].shape[:3], arrays["streams"][0]["values"].shape[3]
+    return np.random.default_rng(99).normal(size=shape)
+
+
+def assert_close(actual, expected, dtype):
     leaves = jax.tree_util.tree_leaves_with_path(expected)
     for (path, want), got in zip(leaves, jax.tree.leaves(actual), strict=True):
         want, got = (np.asarray(x, np.float64) for x in (want, got))
@@ -88,6 +119,15 @@ def check(arrays, statics=None, dtype="float32", **options):
         error = np.abs(np.where(nothing, 0, got - want)).max(initial=0)
         scale = np.abs(np.where(nothing, 0, want)).max(initial=1e-3)
         assert error <= TOLERANCE[dtype] * scale, f"{jax.tree_util.keystr(path)}: {error / scale:.1e}"
+
+
+def check(arrays, others=None, dtype="float32", **options):
+    """The kernels agree with dense attention in float64 on the same numbers."""
+    dtype = "bfloat16" if ON_GPU and dtype == "float32" else dtype  # the interpreter alone multiplies float32
+    (arrays, g), (wide, wide_g) = seen((arrays, cotangent(arrays)), dtype)
+    h = np.float32(np.random.default_rng(98).normal(size=g.shape[:3]))
+    actual = run(arrays, (g, h), others, **options)
+    assert_close(actual, expect(wide, (wide_g, np.float64(h)), others, **options), dtype)
 
 
 @pytest.fixture(params=["mma", "wgmma"])
@@ -100,9 +140,16 @@ def test_plain(instruction):
     check(inputs(0, batch=2, heads=2)[1])
 
 
+HALF = {"causal": True, "scale": 0.3}  # shared with what follows, and so are the sizes
+
+
+def half_inputs(seed):
+    return inputs(seed, width=64)[1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(instruction, dtype):
-    check(inputs(1, width=64)[1], dtype=dtype, causal=True)
+    check(half_inputs(1), dtype=dtype, **HALF)
 
 
 def test_several_streams_share_one_softmax(instruction):
@@ -112,64 +159,49 @@ def test_several_streams_share_one_softmax(instruction):
 
 
 def test_examples_and_rows_without_keys(instruction):
-    _, arrays = inputs(3, batch=2, lengths=(70,))
-    mask = np.stack([np.zeros(70, bool), np.arange(70) > 30])
+    _, arrays = inputs(3, batch=2, lengths=(150,))
+    mask = np.stack([np.zeros(150, bool), np.arange(150) > 30])
     check(arrays, [{"mask": mask}], causal=True)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def out_and_gradients(implementation, instruction, q, k, v):
-    """Compiled once for each `instruction`, which only tells them apart."""
-
-    def run(q, k, v):
-        return attend(q, [Stream(k, v)], scale=0.3, implementation=implementation).out
-
-    out, vjp = jax.vjp(run, q, k, v)
-    return out, vjp(out)  # NaN is also what comes back
+def test_an_offset():
+    """Queries behind the first keys, in the program of the test before."""
+    _, arrays = inputs(5, batch=2, lengths=(150,))
+    check(arrays, [{"mask": np.ones((2, 150), bool)}], causal=True, query_offset=77)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the interpreter's, of infinity
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_query_stays_in_its_row(instruction, bad):
     """Its output is NaN, and the gradients of all keys are as if nobody had asked for it."""
-    _, arrays = inputs(14)
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (arrays["q"], *arrays["streams"][0].values()))
-    q = q.at[0, 5, 0, 3].set(bad)
+    arrays = half_inputs(14)
+    (arrays, g), (wide, wide_g) = seen((arrays, cotangent(arrays)), "bfloat16")
+    nothing = np.zeros(g.shape[:3], np.float32)
+    row = 0, 66, 0  # which reads keys of all tiles
+    arrays["q"] = arrays["q"].at[*row, 3].set(bad)
+    wide["q"][row], wide_g[row] = 0, 0
 
-    actual = out_and_gradients(IMPLEMENTATION, instruction, q, k, v)
-    expected = out_and_gradients("xla", None, q, k, v)
-    assert np.isnan(actual[0][0, 5, 0]).all() and np.isfinite(actual[0]).sum() == actual[0].size - 32
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(
-            *(np.asarray(x, np.float32) for x in (got, want)), atol=TOLERANCE["bfloat16"] * 3, rtol=0.05
-        )
+    (out, *_), gradients = run(arrays, (g.at[row].set(jnp.nan), nothing), **HALF)  # NaN is also what comes back
+    (expected, *_), expected_gradients = expect(wide, (wide_g, nothing), **HALF)
+    assert np.isnan(out[row]).all()
+    expected[row] = 0
+    assert_close((out.at[row].set(0), gradients), (expected, expected_gradients), "bfloat16")
 
 
 def test_a_bad_key_is_seen(instruction):
     """Every query that reads it is NaN, and has a gradient that is."""
-    _, arrays = inputs(15, length=40, lengths=(40,))
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (arrays["q"], *arrays["streams"][0].values()))
-    k = k.at[0, 6].set(jnp.nan)
-
-    @jax.jit
-    def run(q, k, v):
-        attended = functools.partial(attend, causal=True, implementation=IMPLEMENTATION)
-        out, vjp = jax.vjp(lambda q, k, v: attended(q, [Stream(k, v)]).out, q, k, v)
-        return out, vjp(jnp.ones_like(out))
-
-    out, (dq, dk, _) = run(q, k, v)
-    np.testing.assert_array_equal(np.isnan(out).any((0, 2, 3)), np.arange(40) >= 6)
-    assert np.isnan(dq[:, 6:]).all() and np.isnan(dk[:, 6]).all()
+    arrays, _ = seen(half_inputs(15), "bfloat16")
+    stream = arrays["streams"][0]
+    stream["keys"] = stream["keys"].at[0, 6].set(jnp.nan)
+    g, h = jnp.ones((1, 70, 1, 64), jnp.bfloat16), np.zeros((1, 70, 1), np.float32)
+    (out, *_), gradients = run(arrays, (g, h), **HALF)
+    np.testing.assert_array_equal(np.isnan(out).any((0, 2, 3)), np.arange(70) >= 6)
+    assert np.isnan(gradients["q"][:, 6:]).all() and np.isnan(gradients["streams"][0]["keys"][:, 6]).all()
 
 
-@pytest.mark.parametrize("window", [(0, 0), (5, 3), (90, 0)])
+@pytest.mark.parametrize("window", [(0, 0), (90, 0)])
 def test_windows(window):
     check(inputs(4, length=150, lengths=(150,))[1], window=window)
-
-
-def test_a_traced_offset():
-    _, arrays = inputs(5, lengths=(150,))
-    check(arrays, causal=True, query_offset=jnp.int32(77))
 
 
 def test_grouped_heads_and_other_value_widths():
@@ -177,7 +209,8 @@ def test_grouped_heads_and_other_value_widths():
 
 
 def test_unordered_streams_know_no_positions():
-    check(inputs(7, lengths=(70, 40))[1], [{}, {"ordered": False}], window=10)
+    """Beside one that does, where a window reaches to both sides."""
+    check(inputs(7, length=150, lengths=(150, 40))[1], ordered=[True, False], window=(5, 3))
 
 
 def test_spans():
@@ -214,9 +247,10 @@ def test_distances_and_reach():
     ],
 )
 def test_tiles_and_stages_change_nothing(tiling, monkeypatch):
-    """Owned are whole multiples of 64 tokens: a GPU's warps do not divide fewer."""
+    """In walks of fewer steps than are in flight and of more. Owned are whole multiples of 64 tokens: a GPU's
+    warps do not divide fewer."""
     monkeypatch.setattr(attention, "tiling_for", lambda hardware: tiling)
-    check(inputs(11, lengths=(150, 40))[1], causal=True)
+    check(inputs(11, lengths=(150,))[1], causal=True)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e10])
@@ -226,7 +260,8 @@ def test_a_scale_brings_no_masked_key_in(scale):
     dtype = "bfloat16" if ON_GPU else "float32"
     q, k, v = (jnp.asarray(x, dtype) for x in (arrays["q"], *arrays["streams"][0].values()))
     mask = np.arange(100)[None] >= 70  # not one in the first tile
-    out = attend(q, [Stream(k, v, mask)], scale=scale, implementation=IMPLEMENTATION).out
+    run = functools.partial(attend, scale=scale, implementation=IMPLEMENTATION)
+    out = jax.jit(lambda q, *stream: run(q, [Stream(*stream)]).out)(q, k, v, mask)
     z = scale * np.einsum("le,me->lm", *(np.float64(x)[0, 70 * n :, 0] for n, x in enumerate((q, k))))
     p = np.exp(z - z.max(1, keepdims=True))
     expected = p / p.sum(1, keepdims=True) @ np.float64(v)[0, 70:, 0]
@@ -246,15 +281,17 @@ def test_the_claimed_cost_of_a_window_covers_what_is_walked_over(window, offset)
 
 
 def test_it_maps():
-    """`vmap` over examples gives what the batch gives."""
-    _, arrays = inputs(12, batch=2)
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (arrays["q"], *arrays["streams"][0].values()))
+    """`vmap` over examples gives what they give one by one."""
+    examples = [seen(half_inputs(n), "bfloat16")[0] for n in (12, 13)]
+    cotangents = jnp.zeros((1, 70, 1, 64), jnp.bfloat16), np.zeros((1, 70, 1), np.float32)
+    each = [run(arrays, cotangents, **HALF)[0][0] for arrays in examples]
 
-    def run(q, k, v):
-        return attend(q, [Stream(k, v)], causal=True, implementation=IMPLEMENTATION).out
+    def out(arrays):
+        (stream,) = arrays["streams"]
+        return attend(arrays["q"], [Stream(**stream)], implementation=IMPLEMENTATION, **HALF).out
 
-    mapped = jax.jit(jax.vmap(lambda *x: run(*(a[None] for a in x))[0]))(q, k, v)
-    np.testing.assert_array_equal(mapped, jax.jit(run)(q, k, v))
+    mapped = jax.jit(jax.vmap(out))(jax.tree.map(lambda *x: jnp.stack(x), *examples))
+    np.testing.assert_array_equal(mapped, jnp.stack(each))
 
 
 @only_interpreted
@@ -268,7 +305,8 @@ def test_a_missing_synchronisation_is_reported(removed, monkeypatch, capsys):
     monkeypatch.setattr(instructions.plgpu, removed, nothing)
     _, arrays = inputs(13, length=64, lengths=(256,))
     q, k, v = (jnp.asarray(x, jnp.float32) for x in (arrays["q"], *arrays["streams"][0].values()))
-    assert reports_race(lambda: attend(q, [Stream(k, v)], implementation="mosaic_interpret"), capsys)
+    attended = jax.jit(lambda q, k, v: attend(q, [Stream(k, v)], implementation="mosaic_interpret"))
+    assert reports_race(lambda: attended(q, k, v), capsys)
 
 
 @pytest.mark.parametrize(

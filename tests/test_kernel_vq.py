@@ -9,11 +9,10 @@ import pytest
 
 from attn_jax.engine.dispatch import Choice
 from attn_jax.mechanisms import vq as mechanism
-from attn_jax.ops import vq_attention
 from attn_jax.types import NEG_INF
 from pallas_kernels import instructions, vq
 from pallas_kernels.hardware import Hardware
-from tests.kernels import ON_GPU, hardware_of, only_interpreted, reports_race
+from tests.kernels import ON_GPU, dense_attention, hardware_of, only_interpreted, reports_race
 
 both_instructions = pytest.mark.parametrize("hardware", ["mma", "wgmma"], indirect=True)
 
@@ -64,18 +63,22 @@ def test_the_nearest_codeword(hardware, tokens, codes, width):
     np.testing.assert_array_equal(found, closeness(x, codebook).argmax(-1))
 
 
+TOKENS, CODES, WIDTH = 512, 150, 64  # of the next two tests, which share a program
+
+
 @both_instructions
 def test_decisions_are_those_of_float32(hardware):
     """Tokens between two codewords, nearer to one by 2^-22 of a squared length: 4 units in the last place of
     float32, and too little for bfloat16, or for two parts of it."""
     rng = np.random.default_rng(0)
-    tokens, codes, width = 512, 32, 64
-    codebook = rng.normal(size=(1, codes, width))
+    codes = 32
+    codebook = rng.normal(size=(1, codes, WIDTH))
     codebook = np.float32(codebook / np.linalg.norm(codebook, axis=-1, keepdims=True))
-    a = rng.integers(0, codes, tokens)
-    b = (a + rng.integers(1, codes, tokens)) % codes
+    a = rng.integers(0, codes, TOKENS)
+    b = (a + rng.integers(1, codes, TOKENS)) % codes
     near, far = np.float64(codebook[0, a]), np.float64(codebook[0, b])
     x = np.float32(0.5 * (near + far) + 2**-23 * (near - far))[None, :, None]
+    codebook = np.concatenate([codebook * n for n in range(1, 6)], axis=1)[:, :CODES]  # the others are farther
     np.testing.assert_array_equal(closeness(x, codebook).argmax(-1)[0, :, 0], a)
     np.testing.assert_array_equal(np.asarray(jitted_nearest(hardware, x, codebook))[0, :, 0], a)
 
@@ -84,13 +87,14 @@ def test_decisions_are_those_of_float32(hardware):
 def test_ties_go_to_the_lowest_code(hardware):
     """Within a tile and between tiles, for equal codewords and opposite ones. Sums of integers are exact."""
     rng = np.random.default_rng(1)
-    near, other, short = np.float32(rng.integers(-5, 6, size=(3, 32)))
-    codebook = np.float32(rng.integers(-500, 501, size=(1, 150, 32)))
+    near, other, short = sorted(rng.integers(-5, 6, size=(3, WIDTH)), key=np.linalg.norm, reverse=True)
+    codebook = np.float32(rng.integers(-500, 501, size=(1, CODES, WIDTH)))
     codebook[0, [9, 30, 70, 149]] = near
     codebook[0, [80, 81]] = other
     codebook[0, 100], codebook[0, 140] = short, -short
-    x = np.stack([near, other, 0 * short])[None, :, None]
-    np.testing.assert_array_equal(np.asarray(jitted_nearest(hardware, x, codebook))[0, :, 0], [9, 80, 100])
+    x = np.float32(np.resize([near, other, 0 * short], (1, TOKENS, 1, WIDTH)))
+    found = np.asarray(jitted_nearest(hardware, x, codebook))[0, :, 0]
+    np.testing.assert_array_equal(found, np.resize([9, 80, 100], TOKENS))
 
 
 # Pooling.
@@ -150,27 +154,30 @@ def operands(seed, length, keys, codes_q, codes_k, width=16, value_width=24, bat
     return [q, k, v, codebook_q, codebook_k], mask, g
 
 
-def expected(arrays, mask, g, causal):
-    """Output and gradients of dense attention on codewords, by autodiff in float64."""
-    with jax.enable_x64(True):
-
-        @jax.jit
-        def run(arrays, mask, g):
-            q, k, v, *codebooks = arrays
-            attend = functools.partial(vq_attention, mask=mask, causal=causal, implementation="dense")
-            out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *codebooks), q, k, v)
-            return out, *pull(g)
-
-        return run(arrays, mask, g)
+def expected(arrays, codes, mask, g, causal):
+    """Output and gradients of dense attention on codewords, which those of `q` and `k` pass by, in float64."""
+    _, _, v, *codebooks = arrays
+    q, k = (codebook[np.arange(len(codebook)), c] for c, codebook in zip(codes, codebooks))
+    order = np.tri(q.shape[1], k.shape[1], dtype=bool) if causal else True
+    inputs = {"q": q, "query_features": (), "streams": [{"keys": k, "values": v}]}
+    (out, *_), d = dense_attention(inputs, [mask[:, None, None] & order], (g, np.zeros(g.shape[:3])))
+    return out, d["q"], d["streams"][0]["keys"], d["streams"][0]["values"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def fused(hardware, causal, dtype, arrays, mask, g):
-    """The same by the kernels, through the derivative rule of the operation."""
+def fused(hardware, causal, dtype, arrays, codes, mask, g):
+    """The same by the kernels, through the derivative rule of the operation, which find `codes` unless these
+    are given."""
     plan = mechanism._Plan(causal, 128, Choice(hardware=hardware), dtype)
     q, k, v, *codebooks = (jnp.float32(x) for x in arrays)
     k, v = (jnp.where(mask[..., None, None], x, 0) for x in (k, v))
-    out, pull = jax.vjp(lambda q, k, v: mechanism._linear(plan, q, k, v, *codebooks, mask)[0], q, k, v)
+
+    def run(q, k, v):
+        if codes is None:
+            return mechanism._linear(plan, q, k, v, *codebooks, mask)[0]
+        return mechanism._read(plan, q, k, v, mechanism.Quantised(*codes, *codebooks, mask))
+
+    out, pull = jax.vjp(run, q, k, v)
     return out, *pull(jnp.float32(g))
 
 
@@ -180,15 +187,17 @@ CASES = {  # length, keys, codes of queries and of keys
 }
 
 
-def check(seed, hardware, case, dtype):
+def check(seed, hardware, case, dtype, assigned=False):
+    """`assigned`: whether the kernels are told the codes, and need not be compiled to find them."""
     arrays, mask, g = operands(seed, *CASES[case])
     arrays, g, causal = (
         [*arrays[:2], *(rounded(x, dtype) for x in arrays[2:])],
         rounded(g, dtype),
         case == "causal",
     )
-    actual = fused(hardware, causal, jnp.dtype(dtype), arrays, mask, g)
-    for got, want in zip(actual, expected(arrays, mask, g, causal), strict=True):
+    codes = [np.int32(closeness(x, codebook).argmax(-1)) for x, codebook in zip(arrays, arrays[3:])]
+    actual = fused(hardware, causal, jnp.dtype(dtype), arrays, codes if assigned else None, mask, g)
+    for got, want in zip(actual, expected(arrays, codes, mask, g, causal), strict=True):
         close(got, want, dtype)
 
 
@@ -202,7 +211,8 @@ def test_attention_and_its_gradients(hardware, case):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype):
-    check(4, hardware_of("mma"), "causal", dtype)
+    """Of values: codes are decided in float32 whatever these are."""
+    check(4, hardware_of("mma"), "causal", dtype, assigned=True)
 
 
 @pytest.mark.parametrize(
@@ -232,5 +242,6 @@ def test_the_interpreter_sees_races(monkeypatch, capsys, forgotten):
     else:
         monkeypatch.setattr(instructions.Tiles, "release", lambda self, read: None)
     x, codebook = np.ones((1, 64, 1, 32), np.float32), np.ones((1, 300, 32), np.float32)
-    nearest = jax.jit(vq.nearest, static_argnums=0)
-    assert reports_race(lambda: nearest(hardware_of("wgmma"), x, codebook), capsys)
+    hardware = hardware_of("wgmma")
+    nearest = jax.jit(lambda x, codebook: vq.nearest(hardware, x, codebook))  # a new function, traced anew
+    assert reports_race(lambda: nearest(x, codebook), capsys)
