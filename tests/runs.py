@@ -35,6 +35,23 @@ class Stopping:
         return next(self.iterator)
 
 
+def one_program(monkeypatch):
+    """All runs from here on are of one config: what they train is traced and compiled for the first alone."""
+
+    def once(build):
+        built = []
+
+        def call(*arguments):
+            if not built:
+                built.append(build(*arguments))
+            return built[0]
+
+        return call
+
+    for owner, name in ((loop.Program, "of"), (loop, "make_eval_step")):
+        monkeypatch.setattr(owner, name, once(getattr(owner, name)))
+
+
 def final_state(config, workdir):
     """The task, and the arrays, progress and data position of the last checkpoint."""
     task = tasks.prepare(config)

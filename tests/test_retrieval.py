@@ -10,7 +10,7 @@ import pytrec_eval
 import eval.__main__
 import train.__main__
 from attn_jax import metrics
-from tests.runs import Stopping, assert_bit_equal, final_state, outcome
+from tests.runs import Stopping, assert_bit_equal, final_state, one_program, outcome
 from tests.test_train_cli import complaint
 from train import cli, loop, pretrained, sharding, tasks
 from train import config as configs
@@ -363,26 +363,12 @@ def earlier(words, cache, tmp_path_factory):
     return folder
 
 
-def once(build):
-    """`build`, which is called the first time alone and then gives what it gave."""
-    built = []
-
-    def call(*arguments):
-        if not built:
-            built.append(build(*arguments))
-        return built[0]
-
-    return call
-
-
 def test_a_stopped_run_of_grpo_goes_on_to_the_bit(words, cache, tmp_path, monkeypatch):
     router = {"task.router.method": "grpo", "task.router.entropy_weight": 0.1, "model.dropout": 0.1}
     small = {"mechanism.depth": 2, "task.router.group": 2, "steps": 3, "eval_every": 3}
     config = reranker_config(words, "smoke,maw", **router, **small)
     usual = Rerank.train_iterator
-    # The three runs are one program, compiled once.
-    for owner, name in ((loop.Program, "of"), (loop, "make_eval_step")):
-        monkeypatch.setattr(owner, name, once(getattr(owner, name)))
+    one_program(monkeypatch)
     loop.train(config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(cli.Interrupted, match="saved step 2"):
         patch.setattr(Rerank, "train_iterator", lambda self, seed: Stopping(usual(self, seed), 2))

@@ -18,7 +18,7 @@ from attn_jax.models import SlotBasedVideoModel
 from attn_jax.models.slots import SlotVideoOutput
 from eval import illustrations
 from tests.movies import encoded, movie, write
-from tests.runs import Stopping, assert_bit_equal, final_state, outcome
+from tests.runs import Stopping, assert_bit_equal, final_state, one_program, outcome
 from train import config as configs
 from train import tasks
 from train.data import Clips
@@ -102,6 +102,7 @@ def test_two_streams_on_real_video(tmp_path):
 
 
 def test_a_recurrent_run_predicts_and_goes_on_after_an_interruption_as_if_there_was_none(tmp_path, monkeypatch):
+    one_program(monkeypatch)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = RECURRENT | FAST
     result = trained(whole, settings)
