@@ -418,7 +418,7 @@ def test_the_registry_tells_the_truth(name):
                 build(name, causal)
     if mechanism.implementations:
         with pytest.raises(NotImplementedError, match="mosaic"):
-            build(name, mechanism.causal, implementation="mosaic")(normal(0, 1, 3, DIM))
+            jax.eval_shape(build(name, mechanism.causal, implementation="mosaic"), normal(0, 1, 3, DIM))
 
 
 def test_an_unknown_name_lists_the_known_ones():
