@@ -101,18 +101,19 @@ def definition(case: Case, offset: int, masks: Any, arrays: Any) -> Any:
 
 
 @functools.cache
-def compiled(name: str, implementation: str) -> Any:
-    """`(offset, masks, arrays, cotangents) -> (Attended, gradients)`."""
-    case = CASES[name]
+def compiled(case: Case, implementation: str) -> Any:
+    """`(offset, masks, arrays, cotangents, span of the first stream) -> (Attended, gradients)`."""
 
-    def run(offset, masks, arrays, cotangents):
+    def run(offset, masks, arrays, cotangents, span):
+        spans = span, *[None] * (len(masks) - 1)
+
         def call(arrays):
             q, query_features, streams = arrays
             return attend(
                 q,
                 [
-                    Stream(k, v, m, tuple(f), b, ordered)
-                    for (k, v, f, b), m, ordered in zip(streams, masks, case.ordered)
+                    Stream(k, v, m, tuple(f), b, *rest)
+                    for (k, v, f, b), m, *rest in zip(streams, masks, case.ordered, spans)
                 ],
                 query_features=tuple(query_features),
                 score=case.score,
@@ -131,14 +132,17 @@ def compiled(name: str, implementation: str) -> Any:
     return jax.jit(run)
 
 
-def check(name: str, implementation: str, draw: Any, offset: int, masks: Any, arrays: Any) -> None:
+def check(case: Case, implementation: str, draw: Any, offset: int, masks: Any, arrays: Any) -> None:
     """Values, and gradients along random directions, are those of the definition."""
-    case = CASES[name]
     cotangents = cotangents_of(case, draw)
-    expected = definition(case, offset, masks, arrays)
-    result, gradients = run(name, implementation, offset, masks, arrays, cotangents)
-    assert_close(tuple(result), expected, FLOAT64)
+    result, gradients = run(case, implementation, offset, masks, arrays, cotangents)
+    assert_close(tuple(result), definition(case, offset, masks, arrays), FLOAT64)
+    check_gradients(case, draw, offset, masks, arrays, cotangents, gradients)
 
+
+def check_gradients(
+    case: Case, draw: Any, offset: int, masks: Any, arrays: Any, cotangents: Any, gradients: Any
+) -> None:
     leaves, tree = jax.tree.flatten(arrays)
     for n, (leaf, gradient) in enumerate(zip(leaves, jax.tree.leaves(gradients), strict=True)):
 
@@ -157,9 +161,9 @@ def cotangents_of(case: Case, draw: Any) -> Attended:
     return Attended(*(draw.normal(size=shape) for shape in shapes))
 
 
-def run(name: str, implementation: str, *args: Any) -> Any:
+def run(case: Case, implementation: str, *args: Any, span: Any = None) -> Any:
     with jax.enable_x64(True):
-        return jax.device_get(compiled(name, implementation)(*args))
+        return jax.device_get(compiled(case, implementation)(*args, span))
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
@@ -178,20 +182,20 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
 def test_values_and_gradients_are_those_of_the_definition(name, implementation, seed, offset, real):
     case, draw = CASES[name], np.random.default_rng(seed)
     masks = [draw.random((BATCH, keys)) < real if case.masked else None for keys in case.keys]
-    check(name, implementation, draw, offset, masks, numbers(case, seed))
+    check(case, implementation, draw, offset, masks, numbers(case, seed))
 
 
 @both
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**16), share=st.sampled_from([0.3, 0.9, 1.0]))
 def test_a_bias_of_minus_infinity_is_a_mask(implementation, seed, share):
-    name, draw = "three streams, biases", np.random.default_rng(seed)
-    q, features, streams = numbers(CASES[name], seed)
+    case, draw = CASES["three streams, biases"], np.random.default_rng(seed)
+    q, features, streams = numbers(case, seed)
     for *_, bias in streams:
         if bias is not None:
             bias[draw.random(bias.shape) < share] = -np.inf
-    masks = [draw.random((BATCH, keys)) < 0.8 for keys in CASES[name].keys]
-    check(name, implementation, draw, 0, masks, (q, features, streams))
+    masks = [draw.random((BATCH, keys)) < 0.8 for keys in case.keys]
+    check(case, implementation, draw, 0, masks, (q, features, streams))
 
 
 @both
@@ -199,33 +203,17 @@ def test_a_bias_of_minus_infinity_is_a_mask(implementation, seed, share):
 @given(seed=st.integers(0, 2**16))
 def test_a_span_is_a_mask(implementation, seed):
     """Whatever the spans: empty, in any order, beyond the keys; next to a stream without and with a bias."""
-    draw = np.random.default_rng(seed)
-    length, keys = 13, 17
-    first, end = draw.integers(-3, keys + 3, size=(2, BATCH, length, HEADS)).astype(np.int32)
+    case, draw = Case(13, (17, 5), biases=((BATCH, HEADS), None)), np.random.default_rng(seed)
+    keys = case.keys[0]
+    first, end = draw.integers(-3, keys + 3, size=(2, BATCH, case.length, HEADS)).astype(np.int32)
     outside = (np.arange(keys) < first[..., None]) | (np.arange(keys) >= end[..., None])
-    arrays = [draw.normal(size=(BATCH, n, HEADS, WIDTH)) for n in (length, keys, keys, 5, 5)]
-    bias = draw.normal(size=(BATCH, HEADS, length, keys))
-    cotangents = draw.normal(size=arrays[0].shape), draw.normal(size=arrays[0].shape[:3])
-    with jax.enable_x64(True):
-        spanned = _two_streams(implementation)(arrays, bias, (first, end), cotangents)
-        masked = _two_streams(implementation)(
-            arrays, np.where(outside.transpose(0, 2, 1, 3), -np.inf, bias), None, cotangents
-        )
-        assert_close(spanned, masked, FLOAT64)
+    arrays, cotangents, masks = numbers(case, seed), cotangents_of(case, draw), [None, None]
+    result, gradients = run(case, implementation, 0, masks, arrays, cotangents, span=(first, end))
 
-
-@functools.cache
-def _two_streams(implementation):
-    def run(arrays, bias, span, cotangents):
-        def call(q, k1, v1, k2, v2, bias):
-            streams = [Stream(k1, v1, bias=bias, span=span), Stream(k2, v2)]
-            tiles = {"forward_tile": (4, 3), "backward_tile": (3, 5)}
-            return attend(q, streams, implementation=implementation, **tiles)[:2]
-
-        result, vjp = jax.vjp(call, *arrays, bias)
-        return result, vjp(cotangents)
-
-    return jax.jit(run)
+    q, features, [(k, v, _, bias), other] = arrays
+    masked = q, features, [(k, v, [], np.where(outside.transpose(0, 2, 1, 3), -np.inf, bias)), other]
+    assert_close(tuple(result), definition(case, 0, masks, masked), FLOAT64)
+    check_gradients(case, draw, 0, masks, masked, cotangents, gradients)
 
 
 @both
@@ -233,8 +221,7 @@ def _two_streams(implementation):
 @given(seed=st.integers(0, 2**16), bad=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_masked_keys_do_not_exist(implementation, seed, bad):
     """Whatever they hold, values and gradients are those of zeros there, to the bit, and 0 for themselves."""
-    name, draw = "everything in a window", np.random.default_rng(seed)
-    case = CASES[name]
+    case, draw = CASES["everything in a window"], np.random.default_rng(seed)
     mask = draw.random((BATCH, case.keys[0])) < 0.6
     cotangents = cotangents_of(case, draw)
 
@@ -243,7 +230,7 @@ def test_masked_keys_do_not_exist(implementation, seed, bad):
         for x in (k, v, *key_features):
             x[~mask] = value
         bias[..., ~mask.any(0)] = value
-        return run(name, implementation, 2, [mask], (q, features, [(k, v, key_features, bias)]), cotangents)
+        return run(case, implementation, 2, [mask], (q, features, [(k, v, key_features, bias)]), cotangents)
 
     result, gradients = masked_are(bad)
     assert_equal((result, gradients), masked_are(0.0))
@@ -256,19 +243,18 @@ def test_masked_keys_do_not_exist(implementation, seed, bad):
 @given(seed=st.integers(0, 2**16), bad=st.sampled_from([("q", np.nan), ("q", np.inf), ("feature", np.nan)]))
 def test_a_bad_query_stays_in_its_row(implementation, seed, bad):
     """Everything else, gradients included, is as if nobody had asked for the row."""
-    name, draw = "everything in a window", np.random.default_rng(seed)
-    case = CASES[name]
+    case, draw = CASES["everything in a window"], np.random.default_rng(seed)
     row = draw.integers(BATCH), draw.integers(case.length), draw.integers(HEADS)
     others = np.ones((BATCH, case.length, HEADS), bool)
     others[row] = False
     cotangents = cotangents_of(case, draw)
     not_asked = cotangents._replace(out=cotangents.out * others[..., None], lse=cotangents.lse * others)
 
-    arrays = numbers(case, seed)
-    good, wanted = run(name, implementation, 2, [None], arrays, not_asked)
+    arrays, masks = numbers(case, seed), [np.ones((BATCH, case.keys[0]), bool)]
+    good, wanted = run(case, implementation, 2, masks, arrays, not_asked)
     where, value = bad
     arrays[0][(*row, 1)], arrays[1][1][row] = (value, 1.0) if where == "q" else (1.0, value)
-    result, gradients = run(name, implementation, 2, [None], arrays, cotangents)
+    result, gradients = run(case, implementation, 2, masks, arrays, cotangents)
 
     assert np.isnan(result.out[row]).all()
     assert np.isnan(result.lse[row])
@@ -282,12 +268,11 @@ def test_a_bad_query_stays_in_its_row(implementation, seed, bad):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_bad_key_is_seen(implementation, bad):
     """NaN where real tokens are must not be hidden: every row that sees the key is NaN, no other is."""
-    name = "window to the left"
-    case = CASES[name]
+    case = CASES["window to the left"]
     arrays = numbers(case, 0)
     key, (left, right) = 6, case.window
     arrays[2][0][0][:, key] = bad
-    result, _ = run(name, implementation, 0, [None], arrays, cotangents_of(case, np.random.default_rng(0)))
+    result, _ = run(case, implementation, 0, [None], arrays, cotangents_of(case, np.random.default_rng(0)))
     sees = (np.arange(case.length) >= key - right) & (np.arange(case.length) <= key + left)
     np.testing.assert_array_equal(np.isnan(result.out).all((0, 2, 3)), sees)
     np.testing.assert_array_equal(np.isnan(result.out).any((0, 2, 3)), sees)
@@ -300,7 +285,7 @@ def test_logits_of_any_size(implementation):
     q, features, [(k, v, _, _)] = numbers(case, 0)
     q = q * 1e6
     cotangents = cotangents_of(case, np.random.default_rng(0))
-    result, gradients = run("one tile", implementation, 0, [None], (q, features, [(k, v, [], None)]), cotangents)
+    result, gradients = run(case, implementation, 0, [None], (q, features, [(k, v, [], None)]), cotangents)
     z = np.einsum("blhe,bmhe->blhm", q, k)
     best = np.take_along_axis(v.transpose(0, 2, 1, 3)[:, None], z.argmax(-1)[..., None, None], axis=3)[..., 0, :]
     np.testing.assert_allclose(result.out, best, rtol=FLOAT64)
@@ -310,33 +295,34 @@ def test_logits_of_any_size(implementation):
 
 def test_split_keys_merge_by_their_lse():
     """Two calls on parts of the keys, merged outside, are one call, in values and gradients."""
-    draw = np.random.default_rng(0)
-    case = CASES["one tile"]
-    cut, offset, cotangents = 3, 4, tuple(cotangents_of(case, draw))[:2]
-    q, _, [(k, v, _, _)] = numbers(case, 0)
+    case, draw = CASES["one tile"]._replace(causal=True), np.random.default_rng(0)
+    cut, offset, cotangents = 3, 4, cotangents_of(case, draw)
+    arrays = numbers(case, 0)
 
-    def whole(q, k, v):
-        result = attend(q, [Stream(k, v)], causal=True, query_offset=offset)
-        return result.out, result.lse
-
-    def merged(q, k, v):
+    def merged(arrays):
+        q, _, [(k, v, _, _)] = arrays
         first = attend(q, [Stream(k[:, :cut], v[:, :cut])], causal=True, query_offset=offset)
         second = attend(q, [Stream(k[:, cut:], v[:, cut:])], causal=True, query_offset=offset - cut)
         lse = jnp.logaddexp(first.lse, second.lse)
         return sum(jnp.exp(part.lse - lse)[..., None] * part.out for part in (first, second)), lse
 
+    @jax.jit
+    def value_and_vjp(arrays):
+        value, vjp = jax.vjp(merged, arrays)
+        return value, vjp((cotangents.out, cotangents.lse))[0]
+
     with jax.enable_x64(True):
-
-        def value_and_vjp(f):
-            value, vjp = jax.vjp(f, q, k, v)
-            return value, vjp(cotangents)
-
-        assert_close(*jax.jit(lambda: (value_and_vjp(whole), value_and_vjp(merged)))(), FLOAT64)
+        value, gradients = jax.device_get(value_and_vjp(arrays))
+    assert_close(value, definition(case, offset, [None], arrays)[:2], FLOAT64)
+    check_gradients(case, draw, offset, [None], arrays, cotangents, gradients)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_reach_beyond_rounding_changes_nothing(causal):
-    """Tiles left out because their weights vanish: values and gradients stay, for a reach of every head's own."""
+    """Tiles left out because their weights vanish: values and gradients stay, for a reach of every head's own.
+
+    They are compared with those of a reach that leaves nothing out.
+    """
     draw = np.random.default_rng(0)
     length, rate = 41, np.array([40.0, 9.0, 3.0, 0.0])  # in nats for each position
     q, k = (draw.normal(size=(BATCH, length, HEADS, WIDTH)) for _ in range(2))
@@ -358,7 +344,7 @@ def test_a_reach_beyond_rounding_changes_nothing(causal):
         return value, vjp(cotangents)
 
     with jax.enable_x64(True):
-        assert_close(value_and_vjp(reach), value_and_vjp(None), FLOAT64)
+        assert_close(value_and_vjp(reach), value_and_vjp(np.full_like(reach, length)), FLOAT64)
 
 
 def decaying(dot, distance, query, key):
@@ -457,8 +443,9 @@ def test_memory_is_linear_in_the_length(options):
         return compiled.memory_analysis().temp_size_in_bytes
 
     length = 8192
-    assert temporary(length) <= 2 * temporary(length // 2)
-    assert temporary(length) < 0.02 * 4 * length**2
+    used = temporary(length)
+    assert used <= 2 * temporary(length // 2)
+    assert used < 0.02 * 4 * length**2
 
 
 # Transformations, types and meshes.
@@ -475,6 +462,16 @@ def value_and_gradients(q, k, v, mask, offset):
     return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
 
 
+@functools.cache
+def one_by_one():
+    """Arguments of three examples, and values and gradients of each alone."""
+    normal = np.random.default_rng(0).normal
+    q, k, v = (normal(size=(3, 1, n, 2, 3)).astype(np.float32) for n in (5, 7, 7))
+    args = q, k, v, normal(size=(3, 1, 7)) > -1, np.arange(3)
+    one = jax.jit(value_and_gradients)
+    return args, jax.tree.map(lambda *x: np.stack(x), *(one(*(x[n] for x in args)) for n in range(3)))
+
+
 @pytest.mark.parametrize(
     "transformed",
     [
@@ -486,12 +483,20 @@ def value_and_gradients(q, k, v, mask, offset):
 )
 def test_transformed_gradients_are_the_same(transformed):
     """Offsets differ between the examples, so under vmap the bounds of the loops over tiles do."""
-    normal = np.random.default_rng(0).normal
-    q, k, v = (normal(size=(3, 1, n, 2, 3)).astype(np.float32) for n in (5, 7, 7))
-    args = q, k, v, normal(size=(3, 1, 7)) > -1, np.arange(3)
-    one = jax.jit(value_and_gradients)
-    one_by_one = [one(*(x[n] for x in args)) for n in range(3)]
-    assert_close(jax.jit(transformed)(*args), jax.tree.map(lambda *x: np.stack(x), *one_by_one), FLOAT32)
+    args, expected = one_by_one()
+    assert_close(jax.jit(transformed)(*args), expected, FLOAT32)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def with_gradients(q, k, v, mask, cotangent, implementation):
+    """The output, the gradients and lse."""
+
+    def call(q, k, v):
+        result = attend(q, [Stream(k, v, mask)], scale=0.25, implementation=implementation)
+        return result.out, result.lse
+
+    out, vjp, lse = jax.vjp(call, q, k, v, has_aux=True)
+    return out, *vjp(cotangent), lse
 
 
 @pytest.mark.parametrize(
@@ -504,17 +509,9 @@ def test_half_precision_only_rounds_at_the_edges(implementation, dtype):
     mask = draw.random((1, 65)) > 0.1
     cotangent = jnp.asarray(draw.normal(size=q.shape), dtype)
 
-    @jax.jit
-    def compute(q, k, v):
-        def call(q, k, v):
-            result = attend(q, [Stream(k, v, mask)], scale=0.25, implementation=implementation)
-            return result.out, result.lse
-
-        out, vjp, lse = jax.vjp(call, q, k, v, has_aux=True)
-        return out, *vjp(cotangent.astype(out.dtype)), lse
-
-    *half, lse = compute(q, k, v)
-    *full, expected_lse = compute(*(x.astype(jnp.float32) for x in (q, k, v)))
+    *half, lse = with_gradients(q, k, v, mask, cotangent, implementation)
+    # In float32 one implementation serves for all, and "dense" compiles faster.
+    *full, expected_lse = with_gradients(*map(jnp.float32, (q, k, v)), mask, jnp.float32(cotangent), "dense")
     assert lse.dtype == jnp.float32
     np.testing.assert_allclose(lse, expected_lse, rtol=FLOAT32)
     for actual, wanted in zip(half, full):
@@ -543,7 +540,7 @@ def test_a_mesh_changes_nothing_and_gathers_nothing():
     """Split over examples and heads, values and gradients are those of one device, without an all-gather."""
     case = Case(7, (11,), biases=((1, HEADS),), causal=True, score=curved)
     (q, query_features, [(k, v, features, bias)]), mask = numbers(case, 0), np.arange(22).reshape(2, 11) % 3 > 0
-    arrays = jax.tree.map(jnp.float32, (q, query_features, k, v, features))
+    arrays, bias = jax.tree.map(np.float32, ((q, query_features, k, v, features), bias))
 
     def run(arrays, bias, mask):
         def loss(arrays, bias):
@@ -554,12 +551,12 @@ def test_a_mesh_changes_nothing_and_gathers_nothing():
 
         return jax.value_and_grad(loss, (0, 1))(arrays, bias)
 
-    expected = jax.jit(run)(arrays, jnp.float32(bias), mask)
+    expected = jax.jit(run)(arrays, bias, mask)
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     token, replicated = NamedSharding(mesh, P("data", None, "tensor")), NamedSharding(mesh, P(None, "tensor"))
     shardings = (token, replicated, NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh), nnx.logical_axis_rules([("batch", "data"), ("heads", "tensor")]):
-        args = jax.device_put((arrays, jnp.float32(bias), mask), shardings)
+        args = jax.device_put((arrays, bias, mask), shardings)
         compiled = jax.jit(run).lower(*args).compile()
         actual = compiled(*args)
     assert_close(actual, expected, FLOAT32)
