@@ -259,8 +259,11 @@ def test_lengths_that_do_not_fit_are_said():
 # Text that is there.
 
 
-def test_docstrings_are_split_by_module_and_do_not_tell_their_query():
+def test_docstrings_are_read_once_split_by_module_and_do_not_tell_their_query(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTN_JAX_CACHE", str(tmp_path))
     splits = corpora.docstrings()
+    monkeypatch.setattr(corpora, "_documented", None)  # not needed any more
+    assert corpora.docstrings() == splits
     modules = {split: {name.split(".")[0] for name in found.queries} for split, found in splits.items()}
     assert not (
         modules["train"] & modules["val"] or modules["train"] & modules["test"] or modules["val"] & modules["test"]

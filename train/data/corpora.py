@@ -22,7 +22,7 @@ from train.data.retrieval import Collection
 
 logger = logging.getLogger(__name__)
 
-_LEFT_OUT = ("test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__")
+_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 _MIN_QUERY_WORDS = 3
 _MIN_BODY_CHARACTERS = 40
 
@@ -35,7 +35,7 @@ def docstrings() -> dict[str, Collection]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = {path: path.relative_to(root).with_suffix("").parts for path in sorted(root.rglob("*.py"))}
-    paths = {path: parts for path, parts in paths.items() if not any(part in _LEFT_OUT for part in parts)}
+    paths = {path: parts for path, parts in paths.items() if path.is_file() and not {*parts} & _LEFT_OUT}
     digest = hashlib.sha256(sys.version.encode())
     for path in paths:
         status = path.stat()
