@@ -24,7 +24,7 @@ import hypothesis
 import jax
 import pytest
 
-import tests.kernels  # noqa: F401  # imports Pallas, after which JAX would trace everything anew
+import tests.kernels  # noqa: F401  # for its callbacks; and JAX traces everything anew once Pallas is imported
 from train.config import run_file
 
 # JAX makes so many objects that its graphs are walked through for garbage a tenth of the time.

@@ -17,6 +17,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu
 from attn_jax.engine import dispatch
 from attn_jax.types import NEG_INF
 from pallas_kernels.hardware import INTERPRETER, Hardware, detect
+from tests.oracles import logsumexp
 
 ON_GPU = os.environ.get("ATTN_JAX_KERNELS") == "gpu"
 IMPLEMENTATION = "mosaic" if ON_GPU else "mosaic_interpret"
@@ -111,10 +112,3 @@ def dense_attention(
         d_streams.append({"keys": dk, "values": dv, **({"features": of_key} if "features" in s else {})})
     gradients = {"q": dq, "query_features": tuple(d_query), "streams": d_streams}
     return results, gradients
-
-
-def logsumexp(z: Any) -> Any:
-    """Over the last axis; `NEG_INF` where there is nothing."""
-    top = np.maximum(z.max(-1, initial=NEG_INF), NEG_INF)
-    total = np.exp(z - top[..., None]).sum(-1)
-    return np.where(total > 0, top + np.log(np.where(total > 0, total, 1)), NEG_INF)

@@ -52,13 +52,14 @@ def softmax_attention(
             allowed = allowed & s.mask[:, None, None, :]
         logits.append(np.where(allowed, z + s.bias, -np.inf))
         values.append(v)
-    lse = _logsumexp(np.concatenate(logits, axis=-1))
+    lse = logsumexp(np.concatenate(logits, axis=-1))
     weights = [np.exp(z - lse[..., None]) for z in logits]
     out = sum(np.einsum("bhlm,bmhv->blhv", p, v) for p, v in zip(weights, values))
-    return out, lse.transpose(0, 2, 1), np.stack([_logsumexp(z).transpose(0, 2, 1) for z in logits])
+    return out, lse.transpose(0, 2, 1), np.stack([logsumexp(z).transpose(0, 2, 1) for z in logits])
 
 
-def _logsumexp(z: Any) -> Any:
+def logsumexp(z: Any) -> Any:
+    """Over the last axis; `NOTHING` where there is nothing."""
     top = np.maximum(z.real.max(-1, initial=NOTHING), NOTHING)
     total = np.exp(z - top[..., None]).sum(-1)
     return np.where(total != 0, top + np.log(np.where(total != 0, total, 1)), NOTHING)
