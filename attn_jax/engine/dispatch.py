@@ -100,6 +100,8 @@ def over_rows(function: Callable[..., Any], *rows: Any) -> Any:
     the faster ones.
     """
 
+    function = jax.jit(function, inline=True)  # traced once for both forms
+
     def one_by_one(*rows: Any) -> Any:
         if 0 in jax.tree.leaves(rows)[0].shape[:1]:
             return at_once(*rows)  # there is no first row to loop from

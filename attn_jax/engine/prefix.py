@@ -196,6 +196,7 @@ def _attend(
     return _from_rows(out, q), _state_from_rows(state, q)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(
     plan: _Plan, parameters: Any, q: Array, k: Array, v: Array, mask: Array, state: LinearState
 ) -> tuple[tuple[Array, LinearState], Any]:
@@ -205,6 +206,7 @@ def _forward(
     return (_from_rows(out, q), _state_from_rows(final, q)), residuals
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(plan: _Plan, residuals: Any, cotangents: tuple[Array, LinearState]) -> tuple[Any, ...]:
     parameters, q, k, v, mask, state, *kept = residuals
     g, g_state = cotangents

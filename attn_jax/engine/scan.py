@@ -156,6 +156,7 @@ def _scan(
     return _forward(chunk, hardware, u, delta, a, b, c, d, start)[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(
     chunk: int,
     hardware: Hardware | None,
@@ -181,6 +182,7 @@ def _forward(
     return (cut.join(y), final), (u, delta, a, b, c, d, kept)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _backward(
     chunk: int, hardware: Hardware | None, residuals: Any, cotangents: tuple[Array, Array]
 ) -> tuple[Array, ...]:

@@ -26,6 +26,7 @@ from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream, accumulatio
 from attn_jax.types import NEG_INF, Array
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def forward(
     plans: tuple[Plan, ...],
     offset: Array,
@@ -42,6 +43,7 @@ def forward(
     return out, lse, jnp.stack([_from_rows(x, heads) for x in stream_lse])
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def backward(
     plans: tuple[Plan, ...],
     offset: Array,
