@@ -23,7 +23,9 @@ from attn_jax.types import Array, check_mask, check_shape
 SCALE = -2.0
 """The `scale` of `attend` under this score: the products arrive as `-2 q . k`, exactly, in every floating type."""
 
-# A softening of 0 is the bare power law; where points coincide its logit is that of this instead of infinite.
+# A softening of 0 is the bare power law. Where points coincide, `E r^2` is only rounding, and another one in the
+# backward pass; so it counts as no less than this many machine epsilons of `|q|^2`, and at the origin as `_CLOSEST`.
+_ROUNDING = 4
 _CLOSEST = 1e-30
 
 
@@ -88,8 +90,9 @@ def gravity_features(
         k = jnp.where(mask[:, :, None, None], k, 0)
     q_sq, k_sq = (jnp.sum(jnp.square(x.astype(dtype)), axis=-1) for x in (q, k))
     per_query = functools.partial(jnp.broadcast_to, shape=(batch, length, heads))
-    floor = jnp.maximum(jax.lax.stop_gradient(softening_sq), _CLOSEST)
-    query = q_sq + softening_sq, per_query(floor), per_query(half_power)
+    rounding = _ROUNDING * jnp.finfo(dtype).eps * q_sq + _CLOSEST
+    floor = jax.lax.stop_gradient(jnp.maximum(softening_sq, rounding))
+    query = q_sq + softening_sq, floor, per_query(half_power)
     # The logit is in units of r^2 itself: log(E r^2) - log E.
     return query, (k_sq, log_mass.astype(dtype) + half_power * jnp.log(jnp.asarray(width, dtype)))
 
