@@ -24,7 +24,8 @@ from train.tasks.rerank import Rerank
 from train.tasks.video import SlotVideo
 from train.workdir import read_metrics, write_json
 
-TOY = Cell("toy", "tests/toy.py", ("mesh.data=1",))
+# Cosine schedules of other lengths would be other programs.
+TOY = Cell("toy", "tests/toy.py", ("mesh.data=1", "steps=1", "optimizer.schedule=constant"))
 
 
 # Statistics.
@@ -69,34 +70,42 @@ def test_half_of_a_claim_decides(claimed, bounds, expected):
 # The grid.
 
 
-def test_what_is_finished_is_kept_and_what_fails_is_said(tmp_path):
-    cells = [TOY, Cell("wrong", TOY.config, ("model.dim=-1",))]
+@pytest.fixture
+def out(tmp_path, tmp_path_factory, monkeypatch):
+    """Folder of a grid whose runs compile fast, and share what they have compiled with those of other tests."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    compiled = tmp_path_factory.getbasetemp() / "compiled"
+    compiled.mkdir(exist_ok=True)
+    (tmp_path / "compiled").symlink_to(compiled)
+    return tmp_path
+
+
+def test_what_is_finished_is_kept_and_what_fails_is_said_by_job_arrays_and_processes(out):
+    cells = [TOY, Cell("wrong", TOY.config, ("nope=1",))]
     calls = []
-    (failed,) = grid.run_all(cells, grid.LocalEngine(tmp_path, 2), lambda: calls.append(1))
-    assert failed.startswith("wrong: error: ") and "exit code 2" in failed and len(calls) == 2
-    result = tmp_path / "toy" / "result.json"
+
+    def run(engine):
+        (failed,) = grid.run_all(cells, engine, lambda: calls.append(1))
+        assert failed.startswith("wrong: error: ") and "exit code 2" in failed
+        assert grid.unfinished(out, cells) == cells[1:]
+
+    run(slurm.SlurmEngine(out, cells, 2, {"cluster": "local", "timeout_min": 5}))
+    assert len(calls) == 2
+    result = out / "toy" / "result.json"
     written = result.stat().st_mtime_ns
-    assert grid.result(tmp_path, TOY) == json.loads(result.read_text())
-    assert [cell.name for cell in grid.unfinished(tmp_path, cells)] == ["wrong"]
-    assert grid.run_all(cells[:1], grid.LocalEngine(tmp_path, 1), lambda: None) == []
+    assert grid.result(out, TOY) == json.loads(result.read_text())
+    run(grid.LocalEngine(out, 2))
+    assert len(calls) == 4 and "this run is finished" in (out / "toy.log").read_text()
     assert result.stat().st_mtime_ns == written
-
-
-def test_a_job_array_does_what_processes_do(tmp_path):
-    cells = [TOY, Cell("wrong", TOY.config, ("model.dim=-1",))]
-    jobs = slurm.SlurmEngine(tmp_path, cells, 2, {"cluster": "local", "timeout_min": 5})
-    (failed,) = grid.run_all(cells, jobs, lambda: None)
-    assert failed.startswith("wrong: error: ") and "exit code 2" in failed
-    assert grid.unfinished(tmp_path, cells) == cells[1:]
     with pytest.raises(cli.UsageError, match="nope"):
-        slurm.SlurmEngine(tmp_path, [], 2, {"cluster": "nope"})
+        slurm.SlurmEngine(out, [], 2, {"cluster": "nope"})
 
 
-def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
-    endless = Cell("endless", TOY.config, (*TOY.overrides, "steps=1000000"))
+def test_a_stopped_grid_stops_its_runs_which_save(out):
+    endless = Cell("endless", TOY.config, (*TOY.overrides, "steps=1000000", "eval_every=1000000", "log_every=1"))
 
     def stop_once_it_trains():
-        path = tmp_path / "endless" / "metrics.jsonl"
+        path = out / "endless" / "metrics.jsonl"
         while not (path.exists() and path.stat().st_size):
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -104,18 +113,24 @@ def test_a_stopped_grid_stops_its_runs_which_save(tmp_path):
     thread = threading.Thread(target=stop_once_it_trains, daemon=True)
     thread.start()
     with pytest.raises(cli.Interrupted, match="the same command goes on"):
-        grid.run_all([endless], grid.LocalEngine(tmp_path, 1), lambda: None)
+        grid.run_all([endless], grid.LocalEngine(out, 1), lambda: None)
     thread.join()
-    assert "saved step" in (tmp_path / "endless.log").read_text()
-    assert read_metrics(tmp_path / "endless" / "metrics.jsonl")
+    assert "saved step" in (out / "endless.log").read_text()
+    assert read_metrics(out / "endless" / "metrics.jsonl")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_steps_are_timed_in_turn():
     config = toy.get_config()
     config.mesh.data = 1
-    seconds = step_time.step_times({"a": config, "b": config}, 3, step_time.training_step)
+    step, order = step_time.training_step(config), []
+
+    def make(name):
+        return lambda: (order.append(name), step())
+
+    seconds = step_time.step_times({"a": "A", "b": "B"}, 3, make)
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    assert order == ["A", "B"] * (len(order) // 2)
     assert step_time.ratios({"a": [2.0, 6.0], "b": [1.0, 2.0]}, "a", "b").tolist() == [2, 3]
 
 

@@ -194,7 +194,7 @@ def test_black_pixels_are_pixels_unless_asked_otherwise(cifar, black):
 @pytest.mark.parametrize("name, folder", [("text", "imdb"), ("image", "cifar")])
 def test_a_run_on_published_files(name, folder, request, tmp_path):
     data = request.getfixturevalue(folder)
-    small = ["model.dim=8", "model.num_layers=1", "model.mlp_dim=8", "steps=2", "eval_every=2", "mesh.data=1"]
+    small = ["model.dim=8", "model.num_layers=0", "model.dropout=0", "steps=2", "eval_every=2", "mesh.data=1"]
     overrides = [f"--config.{setting}" for setting in (f"task.source={data}", *small)]
     workdir = tmp_path / "run"
     code, out, error = outcome(main, "--config", f"configs/lra_{name}.py:smoke", *overrides, "--workdir", workdir)

@@ -1,6 +1,9 @@
 """Retrieval: the reader of BEIR's layout on awkward files, the first stage, and the lists that a reranker sees."""
 
 import json
+import shutil
+import sysconfig
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,14 +22,17 @@ from train.data import DataError, beir, bpe, corpora, retrieval
 from train.data.batches import plan_batches, plan_iterator
 from train.data.pairs import Lengths, RankedLists
 from train.data.retrieval import Collection
+from train.evaluation import Measured
 from train.state import initial_train_state
 from train.tasks.rerank import Rerank
-from train.workdir import open_workdir
 
 CUTOFFS = ("ndcg@10", "mrr@10", "hit@1")
 
 
 # Metrics.
+
+WIDTH = 30
+ranking = jax.jit(metrics.ranking)
 
 
 def trec_eval(scores, grades, names, missing):
@@ -41,8 +47,8 @@ def trec_eval(scores, grades, names, missing):
 @pytest.mark.parametrize("seed", range(20))
 def test_rankings_are_measured_as_trec_eval_does(seed):
     """With ties, grades above 1, documents that were not found, and padding that holds anything."""
-    random, width = np.random.default_rng(seed), 30
-    count = int(random.integers(1, width + 1))
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, WIDTH + 1))
     names = sorted((f"{n:03}" for n in random.permutation(1000)[:count]), reverse=True)
     scores = random.integers(0, 6, count).astype(np.float32)  # many ties
     grades = random.integers(0, 4, count) * (random.random(count) < 0.3)
@@ -50,19 +56,20 @@ def test_rankings_are_measured_as_trec_eval_does(seed):
     ideal = np.zeros((1, 10), int)
     best = sorted([*grades[grades > 0].tolist(), *missing], reverse=True)[:10]
     ideal[0, : len(best)] = best
-    pad = (0, width - count)
-    found = metrics.ranking(
+    pad = (0, WIDTH - count)
+    found = ranking(
         np.pad(scores, pad, constant_values=[np.nan, np.inf][seed % 2])[None],
         np.pad(grades, pad, constant_values=3)[None],
         ideal,
-        (np.arange(width) < count)[None],
+        (np.arange(WIDTH) < count)[None],
     )
     expected = trec_eval(scores, grades, names, missing)
     np.testing.assert_allclose([found[name][0] for name in CUTOFFS], expected, atol=1e-6)  # float32 sums of ten
 
 
 def test_a_query_without_candidates_counts_zero():
-    found = metrics.ranking(np.ones((1, 3)), np.ones((1, 3), int), np.array([[1, 0]]), np.zeros((1, 3), bool))
+    scores, ideal = np.ones((1, WIDTH), np.float32), np.eye(1, 10, dtype=int)
+    found = ranking(scores, np.ones((1, WIDTH), int), ideal, np.zeros((1, WIDTH), bool))
     assert [float(found[name][0]) for name in CUTOFFS] == [0, 0, 0]
 
 
@@ -260,7 +267,11 @@ def test_lengths_that_do_not_fit_are_said():
 
 
 def test_docstrings_are_read_once_split_by_module_and_do_not_tell_their_query(tmp_path, monkeypatch):
-    monkeypatch.setenv("ATTN_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("ATTN_JAX_CACHE", str(tmp_path / "cache"))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("asyncio", "email", "http", "logging", "unittest"):  # some of each split
+        shutil.copytree(library / name, tmp_path / "library" / name)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "library")})
     splits = corpora.docstrings()
     monkeypatch.setattr(corpora, "_documented", None)  # not needed any more
     assert {n: vars(s) for n, s in corpora.docstrings().items()} == {n: vars(s) for n, s in splits.items()}
@@ -277,71 +288,30 @@ def test_docstrings_are_read_once_split_by_module_and_do_not_tell_their_query(tm
 
 # From the command line to the run file.
 
-CONFIG = ["--config", "configs/retrieval_rerank.py:smoke"]
-
-
-def test_a_reranker_is_trained_and_its_run_file_has_its_metrics(tmp_path, monkeypatch):
-    monkeypatch.setenv("ATTN_JAX_CACHE", str(tmp_path / "cache"))
-    random, words = np.random.default_rng(0), [f"w{i}" for i in range(12)]
-    texts = [" ".join(random.choice(words, 6)) for _ in range(40)]
-    corpus = lines(*({"_id": f"{i:02}", "text": text} for i, text in enumerate(texts)))
-    queries = lines(*({"_id": f"q{i}", "text": " ".join(text.split()[:2])} for i, text in enumerate(texts)))
-    qrels = "".join(f"q{i}\t{i:02}\t{1 + i % 2}\n" for i in range(20))
-    test = "".join(f"q{i}\t{i:02}\t1\nq{i}\t{i - 1:02}\t2\n" for i in range(20, 31))
-    folder = write(tmp_path / "data", corpus=corpus, queries=queries, train=qrels, test=test)
-    settings = {"task.source": folder, "task.vocab_size": 300, "task.num_candidates": 8, "mesh.data": 1}
-    settings |= {"model.dim": 8, "steps": 2, "eval_every": 2}
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    code, out, error = outcome(train.__main__.main, *CONFIG, *flags, "--workdir", tmp_path / "run")
-    assert code == 0, error
-    assert "perfect order of its candidates" in out
-    code, _, error = outcome(eval.__main__.main, "--workdir", tmp_path / "run")
-    assert code == 0, error
-    found = json.loads((tmp_path / "run" / "eval_test.json").read_text())["metrics"]
-    qrel, run = {}, {}
-    for query, document, grade in (line.split() for line in test.splitlines()):
-        qrel.setdefault(query, {})[document] = int(grade)
-    for query, _, document, _, score, _ in map(
-        str.split, (tmp_path / "run" / "run_test.trec").read_text().splitlines()
-    ):
-        run.setdefault(query, {})[document] = float(score)
-    by_query = pytrec_eval.RelevanceEvaluator(qrel, {"ndcg_cut.10", "P.1"}).evaluate(run)
-    for name, theirs in (("ndcg@10", "ndcg_cut_10"), ("hit@1", "P_1")):
-        expected = sum(scores[theirs] for scores in by_query.values()) / len(qrel)  # those not found count 0
-        assert found[name] == pytest.approx(expected, abs=1e-5)  # scores have six digits there
-
-
-def test_sources_that_are_not_there_are_said(capsys, tmp_path):
-    config = [*CONFIG, "--workdir", tmp_path / "run"]
-    said = complaint(capsys, *config, "--config.task.source=nowhere")
-    assert "task.source `nowhere` is neither one of docstrings, news nor a folder" in said
-    assert "no room for a query" in complaint(capsys, *config, "--config.task.max_query_length=100")
-
-
-# Runs that go on.
-
-TINY = {
+CONFIG = "configs/retrieval_rerank.py"
+SMALL = {
     "task.vocab_size": 300,
     "task.num_candidates": 6,
     "task.num_val": 4,
-    "task.num_test": 4,
+    "task.num_test": 0,
     "model.dim": 8,
     "model.num_heads": 2,
-    "steps": 4,
+    "model.dropout": 0.1,
+    "steps": 2,
     "eval_every": 2,
     "mesh.data": 1,
 }
+TEXTS = [" ".join(words) for words in np.random.default_rng(0).choice([f"w{i}" for i in range(12)], (31, 6))]
+TEST = "".join(f"q{i}\t{i:02}\t1\nq{i}\t{i - 1:02}\t2\n" for i in range(20, 31))
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A folder in BEIR's layout, of a few invented texts."""
-    random, known = np.random.default_rng(0), [f"w{i}" for i in range(12)]
-    texts = [" ".join(random.choice(known, 6)) for _ in range(30)]
-    corpus = lines(*({"_id": f"{i:02}", "text": text} for i, text in enumerate(texts)))
-    queries = lines(*({"_id": f"q{i}", "text": " ".join(text.split()[:2])} for i, text in enumerate(texts)))
-    train, test = ("".join(f"q{i}\t{i:02}\t1\n" for i in part) for part in (range(20), range(20, 30)))
-    return write(tmp_path_factory.mktemp("words"), corpus=corpus, queries=queries, train=train, test=test)
+    corpus = lines(*({"_id": f"{i:02}", "text": text} for i, text in enumerate(TEXTS)))
+    queries = lines(*({"_id": f"q{i}", "text": " ".join(text.split()[:2])} for i, text in enumerate(TEXTS)))
+    train = "".join(f"q{i}\t{i:02}\t{1 + i % 2}\n" for i in range(20))
+    return write(tmp_path_factory.mktemp("words"), corpus=corpus, queries=queries, train=train, test=TEST)
 
 
 @pytest.fixture(scope="module")
@@ -351,24 +321,60 @@ def cache(tmp_path_factory):
         yield
 
 
-def reranker_config(words, variant="smoke", **settings):
-    made = TINY | {"task.source": words} | settings
-    return configs.load(f"configs/retrieval_rerank.py:{variant}", [f"--config.{k}={v}" for k, v in made.items()])
+def flags(words, settings):
+    return [f"--config.{key}={value}" for key, value in ({"task.source": words} | SMALL | settings).items()]
 
 
 @pytest.fixture(scope="module")
-def earlier(words, cache, tmp_path_factory):
-    """Work directory of a finished run of standard attention."""
+def trained(words, cache, tmp_path_factory):
+    """Work directory of a finished run of standard attention, and what it said."""
     folder = tmp_path_factory.mktemp("earlier") / "run"
-    config = reranker_config(words)
-    with open_workdir(folder, config):
-        loop.train(config, folder)
-    return folder
+    code, out, error = outcome(
+        train.__main__.main, "--config", f"{CONFIG}:smoke", *flags(words, {}), "--workdir", folder
+    )
+    assert code == 0, error
+    return folder, out
+
+
+@pytest.fixture
+def earlier(trained):
+    return trained[0]
+
+
+def test_a_reranker_is_trained_and_its_run_file_has_its_metrics(trained):
+    folder, out = trained
+    assert "perfect order of its candidates" in out
+    code, _, error = outcome(eval.__main__.main, "--workdir", folder)
+    assert code == 0, error
+    found = json.loads((folder / "eval_test.json").read_text())["metrics"]
+    qrel, run = {}, {}
+    for query, document, grade in (line.split() for line in TEST.splitlines()):
+        qrel.setdefault(query, {})[document] = int(grade)
+    for query, _, document, _, score, _ in map(str.split, (folder / "run_test.trec").read_text().splitlines()):
+        run.setdefault(query, {})[document] = float(score)
+    by_query = pytrec_eval.RelevanceEvaluator(qrel, {"ndcg_cut.10", "P.1"}).evaluate(run)
+    for name, theirs in (("ndcg@10", "ndcg_cut_10"), ("hit@1", "P_1")):
+        expected = sum(scores[theirs] for scores in by_query.values()) / len(qrel)  # those not found count 0
+        assert found[name] == pytest.approx(expected, abs=1e-5)  # scores have six digits there
+
+
+def test_sources_that_are_not_there_are_said(capsys, tmp_path):
+    config = ["--config", f"{CONFIG}:smoke", "--workdir", tmp_path / "run"]
+    said = complaint(capsys, *config, "--config.task.source=nowhere")
+    assert "task.source `nowhere` is neither one of docstrings, news nor a folder" in said
+    assert "no room for a query" in complaint(capsys, *config, "--config.task.max_query_length=100")
+
+
+# Runs that go on.
+
+
+def reranker_config(words, variant="smoke", **settings):
+    return configs.load(f"{CONFIG}:{variant}", flags(words, settings))
 
 
 def test_a_stopped_run_of_grpo_goes_on_to_the_bit(words, cache, tmp_path, monkeypatch):
-    router = {"task.router.method": "grpo", "task.router.entropy_weight": 0.1, "model.dropout": 0.1}
-    small = {"mechanism.depth": 2, "task.router.group": 2, "steps": 3, "eval_every": 3}
+    router = {"task.router.method": "grpo", "task.router.entropy_weight": 0.1, "task.router.group": 2}
+    small = {"mechanism.depth": 2, "model.dropout": 0, "steps": 3, "eval_every": 3}
     config = reranker_config(words, "smoke,maw", **router, **small)
     usual = Rerank.train_iterator
     one_program(monkeypatch)
@@ -390,37 +396,40 @@ def flat(tree):
     return {"/".join(str(getattr(key, "key", key)) for key in path): leaf for path, leaf in leaves}
 
 
-def starting_state(config, workdir=None):
-    """The state before the first step, and the definition of the model."""
+def program_of(config):
+    """The task, and what is trained."""
     task = tasks.prepare(config)
     with sharding.activate(config) as mesh:
-        program = loop.Program.of(config, task, mesh)
-        state = initial_train_state(task, program.optimizer, config.seed, program.abstract)
-        return task, program, (state if workdir is None else pretrained.start(state, workdir))
+        return task, loop.Program.of(config, task, mesh)
 
 
 def test_a_start_from_another_mechanism_takes_what_they_share(words, earlier, caplog):
     caplog.set_level("INFO", "train")
-    config = reranker_config(words, "smoke,maw", **{"task.pretrained": earlier, "task.source": words})
-    task, _, state = starting_state(config, earlier)
+    config = reranker_config(words, "smoke,maw", **{"task.pretrained": earlier, "mechanism.depth": 2})
+    task, program = program_of(config)
     assert task.pretrained == earlier
+    with sharding.activate(config):
+        first = initial_train_state(task, program.optimizer, config.seed, program.abstract)
+        state = pretrained.start(first, earlier)
     ours, theirs = flat(state.model.params), flat(best_arrays(earlier))
-    fresh, taken = flat(starting_state(config)[2].model.params), 0
+    fresh, taken = flat(first.model.params), 0
     for path, leaf in ours.items():
         new = any(name in path for name in ("router", "down", "up"))
         np.testing.assert_array_equal(leaf, fresh[path] if new else theirs[path], err_msg=path)
         taken += not new
-    assert taken == len(flat(starting_state(reranker_config(words))[2].model.params))
+    assert taken == len(flat(program_of(reranker_config(words))[1].abstract.model.params))
     assert f"{taken} arrays from the best model in {earlier}; fresh: attention.key.down" in caplog.text
 
 
-def test_what_is_frozen_stays_and_the_mechanism_and_the_head_learn(words, earlier, tmp_path):
-    config = reranker_config(words, **{"task.pretrained": earlier, "task.frozen": True, "model.dropout": 0.1})
+def test_what_is_frozen_stays_and_the_mechanism_and_the_head_learn(words, earlier, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: Measured({"ndcg@10": 0.5}, {}))
+    config = reranker_config(words, **{"task.pretrained": earlier, "task.frozen": True})
     result = loop.train(config, tmp_path / "run")
     theirs = flat(best_arrays(earlier))
     _, state, *_ = final_state(config, tmp_path / "run")
     learnt, rest = flat(state.model.params), flat(state.model.rest)
-    assert learnt and all(("attention/" in path or "head_" in path) for path in learnt)
+    assert all(("attention/" in path or "head_" in path) for path in learnt)
+    assert all(any(part in path for path in learnt) for part in ("attention/", "head_"))
     assert sum(leaf.size for leaf in learnt.values()) == result["parameters"]
     kept = {path: leaf for path, leaf in rest.items() if path in theirs and leaf.dtype == np.float32}
     assert set(learnt) | set(kept) == {path for path, leaf in theirs.items() if leaf.dtype == np.float32}
@@ -445,7 +454,9 @@ def test_what_is_frozen_stays_and_the_mechanism_and_the_head_learn(words, earlie
         ({"task.pretrained": "", "task.frozen": True}, "task.frozen keeps what task.pretrained brings"),
     ],
 )
-def test_a_start_that_does_not_fit_is_said(words, earlier, tmp_path, settings, complaint):
+def test_a_start_that_does_not_fit_is_said(words, earlier, tmp_path, monkeypatch, settings, complaint):
+    # Shapes are enough to refuse.
+    monkeypatch.setattr(loop.state, "initial_train_state", lambda task, optimizer, seed, abstract: abstract)
     config = reranker_config(words, **({"task.pretrained": earlier} | settings))
     with pytest.raises(cli.UsageError, match=complaint):
         loop.train(config, tmp_path / "run")

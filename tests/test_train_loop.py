@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests import toy
+from tests.runs import one_program
 from train import evaluation, loop, sharding, state, tasks
 from train.checkpoints import Checkpoints
 from train.cli import Interrupted, RunError
@@ -22,6 +23,7 @@ ROUNDING = 1e-6
 def config_of(**changes):
     config = toy.get_config()
     config.mesh.data = 1
+    config.optimizer.schedule = "constant"  # one program, however many the steps
     config.update(changes)
     return config
 
@@ -31,10 +33,13 @@ def run(config, workdir):
         return loop.train(config, workdir)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def finished(tmp_path_factory):
+    """The first run, whose program all others take over."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    return workdir, run(config_of(), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        one_program(patch)
+        yield workdir, run(config_of(), workdir)
 
 
 @pytest.fixture
@@ -131,14 +136,18 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(copied, capl
 
 def test_a_run_resumed_from_the_checkpoint_before_ends_the_same(copied):
     workdir, result = copied
+    before = read_metrics(workdir / "metrics.jsonl")
     shutil.rmtree(workdir / "checkpoints/last/24/params")
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 24, "spl')  # what a crash leaves
     again = run(config_of(), workdir)
     np.testing.assert_allclose(again["test"]["loss"], result["test"]["loss"], rtol=ROUNDING)
     assert (again["best_step"], again["steps"]) == (result["best_step"], result["steps"])
-    records = [(r["step"], r["split"]) for r in read_metrics(workdir / "metrics.jsonl")]
-    assert len(records) == len(set(records)) == 4 + 3 + 1
+    records = read_metrics(workdir / "metrics.jsonl")
+    assert len(records) == len({(r["step"], r["split"]) for r in records}) == 4 + 3 + 1
+    for ours, theirs in zip(records, before):
+        assert ours.pop("split") == theirs.pop("split")
+        np.testing.assert_allclose([ours[name] for name in theirs], list(theirs.values()), rtol=ROUNDING)
 
 
 def measured(accuracy):
