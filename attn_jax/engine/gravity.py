@@ -24,7 +24,7 @@ SCALE = -2.0
 """The `scale` of `attend` under this score: the products arrive as `-2 q . k`, exactly, in every floating type."""
 
 # A softening of 0 is the bare power law. Where points coincide, `E r^2` is only rounding, and another one in the
-# backward pass; so it counts as no less than this many machine epsilons of `|q|^2`, and at the origin as `_CLOSEST`.
+# backward pass: it counts as no less than this many machine epsilons of `|q|^2`, and at the origin as `_CLOSEST`.
 _ROUNDING = 4
 _CLOSEST = 1e-30
 
