@@ -69,6 +69,7 @@ SETTINGS = {
     "task.generator.min_length": 10,
     "task.generator.max_length": 64,
     "task.buckets": (64,),
+    "model.num_layers": 1 if SMOKE else 2,
     "parameter_budget": 120_000,
     "batch_size": 32,
     "steps": 4 if SMOKE else 1_000,
