@@ -25,7 +25,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"MECHANISM": "standard", "TASK": "listops"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
 
-FEW = {"batch_size": 4, "steps": 2, "eval_every": 2, "model.num_layers": 1, "mesh.data": 1}  # one divides every batch
+# One device divides every batch.
+FEW = {"batch_size": 4, "steps": 2, "eval_every": 2, "model.num_layers": 1, "mesh.data": 1}
 VERDICT = ("preset", "comparable", "comparability")
 PACKAGES = ("train", "eval", "eval.compare", "eval.experiments")
 # Programs with tests of their own; each takes minutes or hours, or compilers and devices.

@@ -62,17 +62,23 @@ def standard(module, query, key, x, mask):
     return attend(other, x, mask)
 
 
-attend = nnx.jit(lambda module, x, mask: module(x, mask=mask))
+def fetched(f):
+    """`f` in one program, with NumPy arrays as results."""
+    compiled = nnx.jit(f)
+    return lambda *arguments: jax.device_get(compiled(*arguments))
 
 
-@nnx.jit
+attend = fetched(lambda module, x, mask: module(x, mask=mask))
+
+
+@fetched
 def call(module, x, mask=None, depth=None):
     y = module(x, mask=mask, depth=depth)
     attn_jax.pop_aux(module)
     return y
 
 
-@nnx.jit
+@fetched
 def analyse(module, x, mask):
     """Output, logits, weights, and those of all depths."""
     y, logits = module(x, mask=mask), module.route(x, mask=mask).logits
@@ -80,7 +86,7 @@ def analyse(module, x, mask):
     return y, logits, module.attention_weights(x, mask=mask), module.depth_weights(x, mask=mask)
 
 
-route = nnx.jit(lambda module, x, mask=None: module.route(x, mask=mask))
+route = fetched(lambda module, x, mask=None: module.route(x, mask=mask))
 
 
 # The definition, in NumPy and float64.
@@ -164,7 +170,7 @@ def test_equals_the_gather_from_the_five_dimensional_tensor(projections, seed):
 def test_a_given_depth_replaces_the_route():
     module, x, mask = build(), tokens(), masks()
     weights = five_dimensional(module, x, mask)
-    selected = nnx.jit(lambda module, depth: module.attention_weights(x, mask=mask, depth=depth))
+    selected = fetched(lambda module, depth: module.attention_weights(x, mask=mask, depth=depth))
     for depth in itertools.islice(itertools.permutations(range(DEPTH), BATCH), 0, None, 5):
         chosen = weights[np.arange(BATCH), :, depth]
         close(call(module, x, mask, np.array(depth)), outputs(module, x, chosen))
@@ -195,7 +201,16 @@ def test_soft_selection_is_the_mean_of_the_slices():
     """Values and, through the tiled calls, gradients."""
     module, x, mask = build(selection="soft", temperature=0.1, implementation="xla"), tokens(), masks()
     g = normal(1, BATCH, LENGTH, DIM)
-    y, logits, weights, _ = analyse(module, x, mask)
+
+    @functools.partial(nnx.jit, static_argnums=0)
+    def gradient(f, module, x):
+        return nnx.grad(f, argnums=(0, 1), has_aux=True)(module, x)
+
+    def tiled(module, x):
+        y, logits = module(x, mask=mask), module.route(x, mask=mask).logits
+        return jnp.sum(g * y), (y, logits, module.attention_weights(x, mask=mask))
+
+    actual, (y, logits, weights) = gradient(tiled, module, x)
     mean = np.einsum("bd,bhdlm->bhlm", softmax(np.float64(logits) / 0.1), five_dimensional(module, x, mask))
     close(weights, mean)
     close(y, outputs(module, x, mean))
@@ -204,14 +219,9 @@ def test_soft_selection_is_the_mean_of_the_slices():
         p = nnx.softmax(module.route(x, mask=mask).logits / 0.1)
         weights = jnp.einsum("bd,bhdlm->bhlm", p, module.depth_weights(x, mask=mask))
         o = jnp.einsum("bhlm,bmhe->blhe", weights, split_heads(module.value(jnp.where(mask[..., None], x, 0))))
-        return jnp.sum(g * module.out(o.reshape(x.shape)))
+        return jnp.sum(g * module.out(o.reshape(x.shape))), ()
 
-    @functools.partial(nnx.jit, static_argnums=0)
-    def gradient(f, module, x):
-        return nnx.grad(f, argnums=(0, 1))(module, x)
-
-    actual = gradient(lambda module, x: jnp.sum(g * module(x, mask=mask)), module, x)
-    jax.tree.map(close, actual, gradient(by_slices, module, x))
+    jax.tree.map(close, actual, gradient(by_slices, module, x)[0])
 
 
 def test_soft_with_one_hot_weights_is_hard():
@@ -230,25 +240,31 @@ def test_soft_with_one_hot_weights_is_hard():
 @pytest.mark.parametrize("key", [None, jax.random.key(3)])
 def test_straight_through_is_exactly_one_hot_with_the_gradient_of_softmax(key):
     logits, g, temperature = normal(0, 50, DEPTH), normal(1, 50, DEPTH), 0.7
-    hard, pull = jax.vjp(lambda z: straight_through(z, key, temperature), logits)
+
+    @jax.jit
+    def run(logits, g):
+        hard, pull = jax.vjp(lambda z: straight_through(z, key, temperature), logits)
+        return hard, *pull(g)
+
+    hard, gradient = run(logits, g)
     noisy = logits if key is None else logits + np.asarray(jax.random.gumbel(key, logits.shape))
     np.testing.assert_array_equal(hard, np.eye(DEPTH)[noisy.argmax(1)])
     p = softmax(np.float64(noisy) / temperature)
-    close(pull(jnp.asarray(g))[0], p * (g - (p * g).sum(1, keepdims=True)) / temperature)
+    close(gradient, p * (g - (p * g).sum(1, keepdims=True)) / temperature)
 
 
 def test_in_training_the_route_is_a_sample_of_the_policy():
     """Frequencies within five standard errors; another call draws others; evaluation draws nothing."""
     module, samples = build(), 20_000
     logits = normal(0, 1, DEPTH)
-    many = jnp.broadcast_to(logits, (samples, DEPTH))
+    many, choose = np.broadcast_to(logits, (samples, DEPTH)), fetched(lambda router, z: router.choose(z))
     expected = softmax(np.float64(logits[0]))
     module.train()
-    first, second = module.router.choose(many), module.router.choose(many)
+    first, second = choose(module.router, many), choose(module.router, many)
     assert (first != second).any()
     assert (np.abs(first.mean(0) - expected) < 5 * np.sqrt(expected * (1 - expected) / samples)).all()
     module.eval()
-    np.testing.assert_array_equal(module.router.choose(many), np.eye(DEPTH)[[logits[0].argmax()] * samples])
+    np.testing.assert_array_equal(choose(module.router, many), np.eye(DEPTH)[[logits[0].argmax()] * samples])
 
 
 @pytest.mark.parametrize("projections", ["lowrank", "full"])
@@ -257,9 +273,17 @@ def test_the_router_gets_the_gradient_of_the_mixture_of_projections(projections)
     temperature = 0.5
     module, mask = build(projections=projections, temperature=temperature), masks()
     x, g = tokens(), normal(1, BATCH, LENGTH, DIM)
+
+    @fetched
+    def run(module):
+        grads = nnx.grad(lambda module: jnp.sum(g * module(x, mask=mask)))(module)
+        # The other gradients need not be compiled.
+        return module.route(x, mask=mask).logits, grads["router"]["state_out"]["bias"][...]
+
+    logits, gradient = run(module)
     keys, queries = (np.einsum("bli,dij->bdlj", np.float64(x), kernels(p)) for p in (module.key, module.query))
     v = split_heads(x @ np.float64(module.value.kernel[...]))
-    p = softmax(np.float64(route(module, x, mask).logits) / temperature)
+    p = softmax(np.float64(logits) / temperature)
 
     def loss(w):
         q, k = (split_heads(np.einsum("bd,bdlj->blj", w, y)) for y in (queries, keys))
@@ -271,20 +295,14 @@ def test_the_router_gets_the_gradient_of_the_mixture_of_projections(projections)
     d_w = np.stack([oracles.derivative(loss, one_hot, np.eye(DEPTH)[[d] * BATCH]) for d in range(DEPTH)], axis=1)
     d_z = p * (d_w - (p * d_w).sum(1, keepdims=True)) / temperature
     assert np.abs(d_z).max() > 0.1
-
-    @nnx.jit
-    def gradient(module):
-        grads = nnx.grad(lambda module: jnp.sum(g * module(x, mask=mask)))(module)
-        return grads["router"]["state_out"]["bias"][...]  # the others need not be compiled
-
     # The last bias adds to the logits of every example.
-    close(gradient(module), d_z.sum(0))
+    close(gradient, d_z.sum(0))
 
 
 def test_a_tied_router_gets_no_gradient():
     module, x = build(projections="tied"), tokens()
 
-    @nnx.jit
+    @fetched
     def gradient(module):
         return nnx.grad(lambda module: jnp.sum(jnp.sin(module(x))))(module)["router"]
 
@@ -321,13 +339,12 @@ def test_metrics_and_the_routing_loss():
     x = tokens()
     mask[1] = False  # no token, no vote
 
-    @nnx.jit
     def run(module, x, mask):
         module(x, mask=mask)
-        return attn_jax.pop_aux(module)
+        return attn_jax.pop_aux(module), module.route(x, mask=mask).logits
 
-    losses, metrics = run(module, x, mask)
-    logits = np.float64(route(module, x, mask).logits)[[0, 2]]
+    (losses, metrics), logits = fetched(run)(module, x, mask)
+    logits = np.float64(logits)[[0, 2]]
     p, use = softmax(logits), np.bincount(logits.argmax(1), minlength=DEPTH) / 2
     entropy = -(p * np.log(p)).sum(1).mean()
     assert metrics.keys() == {"chosen_depth", "router_entropy", "depth_perplexity"}
@@ -337,7 +354,7 @@ def test_metrics_and_the_routing_loss():
     assert losses.keys() == {"routing"}
     close(losses["routing"], -weight * entropy)
 
-    @nnx.jit
+    @fetched
     def gradients(module):
         def recorded(module, which):
             module(x)
@@ -348,7 +365,7 @@ def test_metrics_and_the_routing_loss():
     trains, reports = gradients(module)
     assert all((g != 0).any() for g in jax.tree.leaves(trains))
     assert all((g == 0).all() for g in jax.tree.leaves(reports))
-    assert not jax.eval_shape(lambda: run(build(), x, mask)[0])
+    assert not jax.eval_shape(lambda: run(build(), x, mask)[0][0])
 
 
 # Objectives. Expectations over samples are exact: all groups are enumerated and weighted by their probability.
@@ -430,7 +447,8 @@ def test_grpo_is_its_formula():
     surrogate = np.minimum(ratio * gain, np.clip(ratio, 0.7, 1.3) * gain)
     expected = (-surrogate + 0.2 * (x - np.log(x) - 1)).mean()
     options = {"estimator": "grpo", "clip": 0.3, "kl_weight": 0.2}
-    close(policy_loss(logits, old, reference, depths, rewards, **options), expected, LOSS)
+    loss = jax.jit(functools.partial(policy_loss, **options))
+    close(loss(logits, old, reference, depths, rewards), expected, LOSS)
 
 
 def test_actor_critic_is_its_formula():
@@ -441,26 +459,28 @@ def test_actor_critic_is_its_formula():
     error = rewards[:, 0] - values
     kl, entropy = (p * np.log(p / p_reference)).sum(1), -(p * np.log(p)).sum(1)
     expected = (-ratio * error + 0.5 * error**2 - 0.01 * entropy + 0.1 * kl).mean()
-    options = {"estimator": "actor_critic", "values": values}
-    close(policy_loss(logits, old, reference, depths, rewards, **options), expected, LOSS)
+    loss = jax.jit(functools.partial(policy_loss, estimator="actor_critic", values=values))
+    close(loss(logits, old, reference, depths, rewards), expected, LOSS)
 
 
 def test_nothing_is_learned_from_equal_rewards():
     """To the bit: a spread of rounding errors must not become advantages by division by their own size."""
     logits, depths = normal(0, 4, DEPTH), np.random.default_rng(1).integers(0, DEPTH, (4, 7))
     rewards = np.broadcast_to(np.float32([[0.1], [0.3], [1e3], [-7.7]]), depths.shape)
-    gradient = jax.jit(jax.grad(functools.partial(policy_loss, estimator="grpo")))
+    gradient = fetched(jax.grad(functools.partial(policy_loss, estimator="grpo")))
     assert (gradient(logits, logits, logits, depths, rewards) == 0).all()
 
 
 def test_samples_follow_the_policy():
     logits, draws = normal(0, 1, DEPTH), 20_000
-    depths = sample_depths(jax.random.key(0), jnp.broadcast_to(logits, (draws, DEPTH)), estimator="actor_critic")
+    sample = fetched(functools.partial(sample_depths, estimator="actor_critic"))
+    depths = sample(jax.random.key(0), np.broadcast_to(logits, (draws, DEPTH)))
     assert depths.shape == (draws, 1)
     expected = softmax(np.float64(logits[0]))
     frequencies = np.bincount(depths[:, 0], minlength=DEPTH) / draws
     assert (np.abs(frequencies - expected) < 5 * np.sqrt(expected * (1 - expected) / draws)).all()
-    assert sample_depths(jax.random.key(0), logits, estimator="grpo", group=6).shape == (1, 6)
+    group = functools.partial(sample_depths, estimator="grpo", group=6)
+    assert jax.eval_shape(group, jax.random.key(0), logits).shape == (1, 6)
 
 
 def test_supervised_loss_is_its_formula():
@@ -478,7 +498,7 @@ def test_supervised_loss_is_its_formula():
     dirty = np.where(mask, scores, np.nan)
     loss = jax.jit(functools.partial(maw_router.supervised_loss, mask=mask))
     close(loss(logits, targets, dirty, relevant), expected, LOSS)
-    soft = maw_router.loss_targets(normal(3, 4, DEPTH), 0.5)
+    soft = fetched(maw_router.loss_targets)(normal(3, 4, DEPTH), 0.5)
     close(soft, softmax(-normal(3, 4, DEPTH) / 0.5), LOSS)
     close(loss(logits, soft, dirty, relevant, rank_weight=0), -(soft * log_p).sum(1).mean(), LOSS)
     assert loss(logits, targets, dirty, np.zeros_like(relevant), rank_weight=1) == 0
@@ -509,7 +529,7 @@ def planted():
 
 def rewards_of(module, x, target):
     outputs = [call(module, x, None, np.full(EXAMPLES, d)) for d in range(DEPTH)]
-    return jnp.stack([-jnp.mean(jnp.square(y - target), axis=(1, 2)) for y in outputs], axis=1)
+    return np.stack([-np.square(y - target).mean((1, 2)) for y in outputs], axis=1)
 
 
 def teach(module, objective, steps=150):
@@ -554,7 +574,7 @@ def from_rewards(estimator, x, rewards, reference):
 def test_every_way_of_teaching_finds_the_best_depth(estimator):
     module, x, target, rewards = planted()
     before = route(module, x).logits
-    assert (np.asarray(rewards).argmax(1) == BEST).all()
+    assert (rewards.argmax(1) == BEST).all()
     assert (before.argmax(1) == BEST).mean() < 0.5
 
     def supervised(module, value, key):
@@ -579,8 +599,8 @@ def test_tied_depths_cannot_be_taught():
     assert (rewards == rewards[:, :1]).all() and (rewards < 0).all()
     for estimator in ("grpo", "exact"):
         depths = sample_depths(jax.random.key(0), logits, estimator=estimator)
-        gradient = jax.jit(jax.grad(functools.partial(policy_loss, estimator=estimator)))
-        own = jnp.take_along_axis(rewards, depths, axis=1)
+        gradient = fetched(jax.grad(functools.partial(policy_loss, estimator=estimator)))
+        own = np.take_along_axis(rewards, np.asarray(depths), axis=1)
         assert (gradient(logits, logits, logits, depths, own) == 0).all()
 
 

@@ -1,6 +1,7 @@
 """Two processes give what one gives on as many devices, stop together, and go on alone; on real processes."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from tests import toy
 from tests.runs import assert_bit_equal, final_state, outcome
 from train.__main__ import main
 from train.workdir import read_metrics
+
+# Programs compile fast, and each is kept for the runs that resume.
+CHEAP = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+LENGTHS = {"eval_every": 2, "log_every": 2, "task.sizes.val": 8, "task.sizes.test": 9}
+SHORT = [f"--config.{key}={value}" for key, value in LENGTHS.items()]
 
 # Runs commands of `python -m train` one after another, each with its own event, for their exit codes and errors.
 PROCESS = """
@@ -37,11 +44,12 @@ print("ENDED", json.dumps(ended))
 def start(*commands, devices):
     """A process that runs `commands`: `(arguments, event, folders to copy from and to)`."""
     argv = [
-        (event, copy, ["--config", "tests/toy.py", f"--config.num_cpu_devices={devices}", *arguments])
+        (event, copy, ["--config", "tests/toy.py", f"--config.num_cpu_devices={devices}", *SHORT, *arguments])
         for arguments, event, copy in commands
     ]
     command = [sys.executable, "-c", PROCESS, json.dumps(argv)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | CHEAP
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process):
@@ -74,15 +82,15 @@ def runs(tmp_path_factory):
         def command(name, *settings, event="", copy=None):
             return [*by_hand, f"--workdir={folder / name}", *settings], event, copy
 
-        sharded, elsewhere = ["--config.mesh.fsdp=2", "--config.steps=16"], f"--workdir={folder / 'elsewhere'}"
+        sharded, elsewhere = ["--config.mesh.fsdp=2", "--config.steps=4"], f"--workdir={folder / 'elsewhere'}"
         return {
             "auto": (["--config.distributed.coordinator=auto"], "", None),
             "other settings": command("refused", f"--config.seed={index}"),
             "other folders": command("refused", *[elsewhere][:index]),
             "idle devices": command("refused", "--config.mesh.data=1"),
             "batch": command("refused", "--config.batch_size=7"),
-            "data": command("data", "--config.steps=8"),
-            "stopped": command("fsdp", *sharded, event="term:12" if index else ""),
+            "data": command("data", "--config.steps=2"),
+            "stopped": command("fsdp", *sharded, event="term:3" if index else ""),
             "copied": command(
                 "refused", "--config.mesh.data=3", copy=[folder / "fsdp", folder / "alone"][: 2 - 2 * index]
             ),
@@ -102,7 +110,7 @@ def runs(tmp_path_factory):
             process.communicate()
     alone = [
         [f"--workdir={folder / name}", f"--config.mesh.{axis}=2", f"--config.steps={steps}"]
-        for name, axis, steps in (("one data", "data", 8), ("one fsdp", "fsdp", 16), ("alone", "fsdp", 16))
+        for name, axis, steps in (("one data", "data", 2), ("one fsdp", "fsdp", 4), ("alone", "fsdp", 4))
     ]
     codes = [code for code, _, _ in ended(start(*[(argv, "", None) for argv in alone], devices=2))]
     assert codes == [0] * len(alone)
@@ -134,8 +142,8 @@ def test_a_signal_to_one_process_stops_both_at_one_step(runs):
     _, found = runs
     for code, _, error in found["stopped"]:
         assert code == 128 + 15
-        assert "saved step 12" in error
-    assert "resuming after step 12" in found["resumed"][0][1]
+        assert "saved step 3" in error
+    assert "resuming after step 3" in found["resumed"][0][1]
 
 
 def test_only_process_0_prints(runs):
