@@ -3,9 +3,8 @@
 Modules are small, `SMALL` makes windows, chunks and blocks smaller than the sequences. Every law runs causal and
 bidirectional where the registry says that the mechanism can do both.
 
-Compilation is nearly all of the time that this takes. So most laws share two programs that `shared` compiles, each
-with the values and all gradients of a module: of a padded batch with a mask, and of a batch without one by way of
-every transformation of JAX.
+Compilation is nearly all of the time that this takes. So most laws share two programs, each with the values and
+all gradients of a module: `Compiled.run` for a padded batch and its mask, `transformed` for a batch without one.
 """
 
 import functools

@@ -196,6 +196,7 @@ def _attend(
     return _from_rows(out, q), _state_from_rows(state, q)
 
 
+# Jitted, so that layers share one trace.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
     plan: _Plan, parameters: Any, q: Array, k: Array, v: Array, mask: Array, state: LinearState

@@ -156,6 +156,7 @@ def _scan(
     return _forward(chunk, hardware, u, delta, a, b, c, d, start)[0]
 
 
+# Jitted, so that layers, values and gradients share one trace.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(
     chunk: int,

@@ -26,6 +26,7 @@ from attn_jax.engine.plan import LOWEST_MAX, Features, Plan, Stream, accumulatio
 from attn_jax.types import NEG_INF, Array
 
 
+# Jitted, so that layers, values and gradients share one trace.
 @functools.partial(jax.jit, static_argnums=0)
 def forward(
     plans: tuple[Plan, ...],
