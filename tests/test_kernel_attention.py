@@ -72,6 +72,8 @@ def run(arrays, cotangents, others=None, ordered=None, query_offset=0, reach=Non
 def expect(arrays, cotangents, others=None, ordered=None, query_offset=0, reach=None, **options):
     """By dense attention in float64. `reach` changes nothing, it is a promise."""
     causal, (left, right) = options.pop("causal", False), options.pop("window", (np.inf, np.inf))
+    if "score" in options:
+        options["score"] = jax.jit(options["score"])  # or it would be compiled operation by operation
     readable, distances = [], []
     for n, s in enumerate(arrays["streams"]):
         given = {"mask": None, "span": None, **(others[n] if others else {})}
@@ -95,7 +97,7 @@ def seen(arrays, dtype):
     """`arrays` as the kernels get to see them, and in float64 what these are; features are at least float32."""
 
     def cast(path, x):
-        x = jnp.asarray(x, dtype)
+        x = np.array(x, jnp.dtype(dtype))
         is_feature = any("features" in str(k) for k in path)
         return x.astype(jnp.promote_types(dtype, jnp.float32)) if is_feature else x
 
@@ -136,8 +138,9 @@ def instruction(request, monkeypatch):
     return request.param
 
 
-def test_plain(instruction):
-    check(inputs(0, batch=2, heads=2)[1])
+@pytest.mark.parametrize("instruction,dtype", [("mma", "float32"), ("wgmma", "float16")], indirect=["instruction"])
+def test_grouped_heads_and_other_value_widths(instruction, dtype):
+    check(inputs(6, batch=2, heads=4, key_heads=2, width=20, value_width=40)[1], dtype=dtype)
 
 
 HALF = {"causal": True, "scale": 0.3}  # shared with what follows, and so are the sizes
@@ -147,27 +150,50 @@ def half_inputs(seed):
     return inputs(seed, width=64)[1]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "instruction,dtype",
+    [("mma", "bfloat16"), ("wgmma", "bfloat16"), ("mma", "float16")],
+    indirect=["instruction"],
+)
 def test_half_precision(instruction, dtype):
     check(half_inputs(1), dtype=dtype, **HALF)
 
 
-def test_several_streams_share_one_softmax(instruction):
-    """Ragged, one of them empty, one masked."""
+@pytest.mark.parametrize(
+    "instruction,options",
+    [("mma", {"causal": True}), ("wgmma", {"ordered": [True, True, False], "window": (5, 3)})],
+    ids=["causal", "unordered"],
+    indirect=["instruction"],
+)
+def test_several_streams_share_one_softmax(instruction, options):
+    """Ragged, one of them empty, one masked; one that knows no positions, where a window reaches to both sides."""
     rng, arrays = inputs(2, lengths=(100, 0, 33))
-    check(arrays, [{"mask": rng.random((1, 100)) < 0.7}, {}, {}], causal=True, query_offset=40)
+    check(arrays, [{"mask": rng.random((1, 100)) < 0.7}, {}, {}], query_offset=40, **options)
+
+
+# The next three share a program.
+
+NO_SPAN = np.zeros((2, 70, 1), np.int32), np.full((2, 70, 1), 150, np.int32)
 
 
 def test_examples_and_rows_without_keys(instruction):
     _, arrays = inputs(3, batch=2, lengths=(150,))
     mask = np.stack([np.zeros(150, bool), np.arange(150) > 30])
-    check(arrays, [{"mask": mask}], causal=True)
+    check(arrays, [{"mask": mask, "span": NO_SPAN}], causal=True)
 
 
 def test_an_offset():
-    """Queries behind the first keys, in the program of the test before."""
+    """Queries behind the first keys."""
     _, arrays = inputs(5, batch=2, lengths=(150,))
-    check(arrays, [{"mask": np.ones((2, 150), bool)}], causal=True, query_offset=77)
+    check(arrays, [{"mask": np.ones((2, 150), bool), "span": NO_SPAN}], causal=True, query_offset=77)
+
+
+def test_spans():
+    """Of queries behind all keys."""
+    rng, arrays = inputs(8, batch=2, lengths=(150,))
+    first = np.sort(rng.integers(0, 150, size=(2, 70, 1), dtype=np.int32), axis=1)
+    others = {"mask": np.ones((2, 150), bool), "span": (first, first + 20)}
+    check(arrays, [others], causal=True, query_offset=150)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the interpreter's, of infinity
@@ -178,52 +204,37 @@ def test_a_bad_query_stays_in_its_row(instruction, bad):
     (arrays, g), (wide, wide_g) = seen((arrays, cotangent(arrays)), "bfloat16")
     nothing = np.zeros(g.shape[:3], np.float32)
     row = 0, 66, 0  # which reads keys of all tiles
-    arrays["q"] = arrays["q"].at[*row, 3].set(bad)
+    arrays["q"][*row, 3], g[row] = bad, np.nan  # NaN is also what comes back
     wide["q"][row], wide_g[row] = 0, 0
 
-    (out, *_), gradients = run(arrays, (g.at[row].set(jnp.nan), nothing), **HALF)  # NaN is also what comes back
+    (out, *_), gradients = run(arrays, (g, nothing), **HALF)
     (expected, *_), expected_gradients = expect(wide, (wide_g, nothing), **HALF)
+    out, expected[row] = np.array(out), 0
     assert np.isnan(out[row]).all()
-    expected[row] = 0
-    assert_close((out.at[row].set(0), gradients), (expected, expected_gradients), "bfloat16")
+    out[row] = 0
+    assert_close((out, gradients), (expected, expected_gradients), "bfloat16")
 
 
 def test_a_bad_key_is_seen(instruction):
     """Every query that reads it is NaN, and has a gradient that is."""
     arrays, _ = seen(half_inputs(15), "bfloat16")
-    stream = arrays["streams"][0]
-    stream["keys"] = stream["keys"].at[0, 6].set(jnp.nan)
-    g, h = jnp.ones((1, 70, 1, 64), jnp.bfloat16), np.zeros((1, 70, 1), np.float32)
-    (out, *_), gradients = run(arrays, (g, h), **HALF)
+    arrays["streams"][0]["keys"][0, 6] = np.nan
+    g, h = np.ones((1, 70, 1, 64), jnp.bfloat16), np.zeros((1, 70, 1), np.float32)
+    (out, *_), gradients = jax.tree.map(np.asarray, run(arrays, (g, h), **HALF))
     np.testing.assert_array_equal(np.isnan(out).any((0, 2, 3)), np.arange(70) >= 6)
     assert np.isnan(gradients["q"][:, 6:]).all() and np.isnan(gradients["streams"][0]["keys"][:, 6]).all()
 
 
-@pytest.mark.parametrize("window", [(0, 0), (90, 0)])
-def test_windows(window):
-    check(inputs(4, length=150, lengths=(150,))[1], window=window)
-
-
-def test_grouped_heads_and_other_value_widths():
-    check(inputs(6, heads=4, key_heads=2, width=20, value_width=40)[1])
-
-
-def test_unordered_streams_know_no_positions():
-    """Beside one that does, where a window reaches to both sides."""
-    check(inputs(7, length=150, lengths=(150, 40))[1], ordered=[True, False], window=(5, 3))
-
-
-def test_spans():
-    rng, arrays = inputs(8, length=130, lengths=(150,))
-    first = np.sort(rng.integers(0, 150, size=(1, 130, 1)), axis=1)
-    check(arrays, [{"span": (first, first + 20)}])
+def test_a_window_of_one_key():
+    check(inputs(4, length=150, lengths=(150,))[1], window=(0, 0))
 
 
 def test_features_are_differentiated_inside_the_tile(instruction):
     """Gravity: three features of queries, one of which has no derivative, and two of keys, one masked."""
     rng, arrays = inputs(9, lengths=(70,))
     q, k = arrays["q"], arrays["streams"][0]["keys"]
-    query, key = gravity_features("test", q, k, normal(rng, 1, 70, 1), 2.0, 0.5)
+    features = jax.jit(gravity_features, static_argnums=0)
+    query, key = features("test", q, k, normal(rng, 1, 70, 1), 2.0, 0.5)
     arrays["query_features"], arrays["streams"][0]["features"] = query, key
     check(arrays, [{"mask": rng.random((1, 70)) < 0.8}], score=plummer, scale=SCALE, causal=True)
 
@@ -240,17 +251,17 @@ def test_distances_and_reach():
 
 
 @pytest.mark.parametrize(
-    "tiling",
+    "tiling,length,options",
     [
-        attention.Tiling((64, 32), (64, 128), (64, 64), 1),
-        attention.Tiling((128, 32), (64, 32), (128, 32), 3),
+        (attention.Tiling((64, 32), (64, 128), (64, 64), 1), 70, {"causal": True}),
+        (attention.Tiling((128, 32), (64, 32), (128, 32), 3), 150, {"window": (90, 0)}),
     ],
 )
-def test_tiles_and_stages_change_nothing(tiling, monkeypatch):
+def test_tiles_and_stages_change_nothing(tiling, length, options, monkeypatch):
     """In walks of fewer steps than are in flight and of more. Owned are whole multiples of 64 tokens: a GPU's
     warps do not divide fewer."""
     monkeypatch.setattr(attention, "tiling_for", lambda hardware: tiling)
-    check(inputs(11, lengths=(150,))[1], causal=True)
+    check(inputs(11, length=length, lengths=(150,))[1], **options)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e10])
@@ -258,7 +269,7 @@ def test_a_scale_brings_no_masked_key_in(scale):
     """Neither one that makes all logits equal, nor one at which the mask would be infinite."""
     _, arrays = inputs(16)
     dtype = "bfloat16" if ON_GPU else "float32"
-    q, k, v = (jnp.asarray(x, dtype) for x in (arrays["q"], *arrays["streams"][0].values()))
+    q, k, v = (np.asarray(x, jnp.dtype(dtype)) for x in (arrays["q"], *arrays["streams"][0].values()))
     mask = np.arange(100)[None] >= 70  # not one in the first tile
     run = functools.partial(attend, scale=scale, implementation=IMPLEMENTATION)
     out = jax.jit(lambda q, *stream: run(q, [Stream(*stream)]).out)(q, k, v, mask)
@@ -283,15 +294,15 @@ def test_the_claimed_cost_of_a_window_covers_what_is_walked_over(window, offset)
 def test_it_maps():
     """`vmap` over examples gives what they give one by one."""
     examples = [seen(half_inputs(n), "bfloat16")[0] for n in (12, 13)]
-    cotangents = jnp.zeros((1, 70, 1, 64), jnp.bfloat16), np.zeros((1, 70, 1), np.float32)
+    cotangents = np.zeros((1, 70, 1, 64), jnp.bfloat16), np.zeros((1, 70, 1), np.float32)
     each = [run(arrays, cotangents, **HALF)[0][0] for arrays in examples]
 
     def out(arrays):
         (stream,) = arrays["streams"]
         return attend(arrays["q"], [Stream(**stream)], implementation=IMPLEMENTATION, **HALF).out
 
-    mapped = jax.jit(jax.vmap(out))(jax.tree.map(lambda *x: jnp.stack(x), *examples))
-    np.testing.assert_array_equal(mapped, jnp.stack(each))
+    mapped = jax.jit(jax.vmap(out))(jax.tree.map(lambda *x: np.stack(x), *examples))
+    np.testing.assert_array_equal(mapped, np.stack(each))
 
 
 @only_interpreted
@@ -304,7 +315,7 @@ def test_a_missing_synchronisation_is_reported(removed, monkeypatch, capsys):
     monkeypatch.setattr(primitives, removed, nothing)
     monkeypatch.setattr(instructions.plgpu, removed, nothing)
     _, arrays = inputs(13, length=64, lengths=(256,))
-    q, k, v = (jnp.asarray(x, jnp.float32) for x in (arrays["q"], *arrays["streams"][0].values()))
+    q, k, v = (np.float32(x) for x in (arrays["q"], *arrays["streams"][0].values()))
     attended = jax.jit(lambda q, k, v: attend(q, [Stream(k, v)], implementation="mosaic_interpret"))
     assert reports_race(lambda: attended(q, k, v), capsys)
 

@@ -49,8 +49,11 @@ def closeness(x, codebook):
     return np.einsum("blhe,hse->blhs", x, codebook) - 0.5 * (codebook**2).sum(-1)
 
 
-@both_instructions
-@pytest.mark.parametrize("tokens,codes,width", [(70, 33, 24), (3, 1, 64), (64, 65, 128)])
+@pytest.mark.parametrize(
+    "hardware,tokens,codes,width",
+    [("mma", 70, 33, 24), ("wgmma", 3, 1, 64), ("mma", 64, 65, 128), ("wgmma", 64, 65, 128)],
+    indirect=["hardware"],
+)
 def test_the_nearest_codeword(hardware, tokens, codes, width):
     """Of ragged sequences and codebooks; margins between codewords are far above rounding."""
     rng = np.random.default_rng(tokens)
@@ -115,8 +118,11 @@ def pooled(codes, number, weight, v, scalar, seen):
     return mean, np.where(some, top + np.log(total), NEG_INF).swapaxes(1, 2), mean_scalar
 
 
-@both_instructions
-@pytest.mark.parametrize("order,block", [("all", None), ("before", 128), ("after", 64)])
+@pytest.mark.parametrize(
+    "hardware,order,block",
+    [("mma", "all", None), ("wgmma", "before", 128), ("mma", "after", 64)],
+    indirect=["hardware"],
+)
 def test_pooling(hardware, order, block):
     """Ragged; codes without tokens, tokens that do not count, and weights that lie e^60 apart."""
     rng = np.random.default_rng(2)
@@ -209,10 +215,10 @@ def test_attention_and_its_gradients(hardware, case):
     check(3, hardware, case, DTYPE)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype):
+@pytest.mark.parametrize("dtype,case", [("bfloat16", "whole"), ("float16", "causal")])
+def test_half_precision(dtype, case):
     """Of values: codes are decided in float32 whatever these are."""
-    check(4, hardware_of("mma"), "causal", dtype, assigned=True)
+    check(4, hardware_of("mma"), case, dtype, assigned=True)
 
 
 @pytest.mark.parametrize(

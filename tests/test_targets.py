@@ -468,7 +468,11 @@ def compiled(tmp_path_factory, target, mechanism, lengths):
 
 @pytest.fixture(scope="module")
 def on_h100(tmp_path_factory):
-    return compiled(tmp_path_factory, "h100", "standard", "1024,4096")
+    """Without XLA's search for the fastest products outside of kernels, nearly half of the time."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", flags)
+        return compiled(tmp_path_factory, "h100", "standard", "1024,4096")
 
 
 def temporary(entries, key):
@@ -500,5 +504,5 @@ def test_the_kernels_of_attention_are_as_recorded(on_h100):
 
 @needs["TPU"]
 def test_a_mechanism_compiles_for_a_tpu(tmp_path_factory):
-    entries, _ = compiled(tmp_path_factory, "v5e", "performer", "512")
-    assert [p["status"] for p in entries["v5e performer module"]["programs"]] == ["ok", "ok"]
+    entries, _ = compiled(tmp_path_factory, "v5e", "local", "128")
+    assert [p["status"] for p in entries["v5e local module"]["programs"]] == ["ok", "ok"]
