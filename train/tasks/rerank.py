@@ -186,7 +186,7 @@ class Rerank(Task):
     def baselines(self, split: str) -> dict[str, float]:
         """BM25, the order that is reranked; and the best and the average order of its candidates."""
         lists = self.lists[split]
-        random = np.random.default_rng(0)
+        random, ranking = np.random.default_rng(0), jax.jit(metrics.ranking)
         values: dict[str, list[np.ndarray]] = {}
         for batch in self.eval_batches(split):
             real = batch["example_mask"]
@@ -196,7 +196,7 @@ class Rerank(Task):
                 "random order of them": random.random(batch["grades"].shape, np.float32),
             }
             for name, scores in orders.items():
-                found = metrics.ranking(scores, batch["grades"], batch["ideal"], batch["candidate_mask"])
+                found = ranking(scores, batch["grades"], batch["ideal"], batch["candidate_mask"])
                 values.setdefault(name, []).append(np.asarray(found[self.primary])[real])
         assert sum(map(len, values["bm25"])) == len(lists.examples)
         return {name: float(np.concatenate(found).mean()) for name, found in values.items()}
