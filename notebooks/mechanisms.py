@@ -77,7 +77,8 @@ attn_jax.MECHANISMS["local"].options()
 # %%
 attention = attn_jax.build("local", window=8, dim=64, num_heads=4, rngs=nnx.Rngs(0))
 x = jax.random.normal(jax.random.key(0), (2, 20, 64))
-y = jax.jit(lambda x: attention(x))(x)
+call = nnx.jit(lambda module, x, mask=None: module(x, mask=mask))
+y = call(attention, x)
 print(
     f"{x.shape} -> {y.shape}, {sum(p.size for p in jax.tree.leaves(nnx.state(attention, nnx.Param))):,} parameters"
 )
@@ -97,8 +98,8 @@ except ValueError as error:
 
 # %%
 mask = jnp.arange(20) < jnp.array([[20], [12]])
-y = attention(jnp.where(mask[..., None], x, jnp.nan), mask=mask)
-alone = attention(x[1:, :12])
+y = call(attention, jnp.where(mask[..., None], x, jnp.nan), mask)
+alone = call(attention, x[1:, :12])
 print("largest difference from the 12 tokens alone:", jnp.abs(y[1, :12] - alone[0]).max())
 print("largest output at a masked token:", jnp.abs(y[1, 12:]).max())
 
@@ -109,7 +110,7 @@ print("largest output at a masked token:", jnp.abs(y[1, 12:]).max())
 # %%
 causal = attn_jax.build("performer", dim=64, num_heads=4, causal=True, rngs=nnx.Rngs(0))
 changed = x.at[:, 15:].set(100.0)
-print("largest change of the first 15 outputs:", jnp.abs(causal(changed) - causal(x))[:, :15].max())
+print("largest change of the first 15 outputs:", jnp.abs(call(causal, changed) - call(causal, x))[:, :15].max())
 
 # %% [markdown]
 # ## What a token reads
